@@ -1,0 +1,160 @@
+"""The shared cache: one pass over clean and triggered prompts, read by every analysis.
+
+It holds TransformerLens ``ActivationCache``s, sliced to the last prompt position: ``hook_resid_pre``
+and ``hook_attn_out`` of every layer, ``hook_resid_post`` of the last, and ``hook_z`` of every head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens import ActivationCache, HookedTransformer
+from transformer_lens.utils import get_act_name
+
+from bkdlens.data import PairSet, Which
+from bkdlens.errors import DataError, HeadError, unknown
+from bkdlens.hooks import refuse_foreign_hooks
+from bkdlens.progress import track
+from bkdlens.prompts import PromptFormat, batches_by_length, encode_prompt, pad_id, pad_left
+from bkdlens.types import HeadSite
+
+BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True, eq=False)
+class PairCache:
+    """Activations at the last prompt token of a set of pairs, row by row in the pairs' order.
+
+    ``clean``, ``triggered`` and, where the pairs have them, ``near`` are TransformerLens
+    ``ActivationCache``s whose tensors have a position axis of length one.
+    """
+
+    clean: ActivationCache
+    triggered: ActivationCache
+    near: ActivationCache | None
+    pairs: PairSet
+    fmt: PromptFormat
+    model: HookedTransformer
+
+    def __repr__(self) -> str:
+        return f"PairCache({len(self.pairs)} pairs, {len(self.clean)} activations each)"
+
+    def of(self, which: Which) -> ActivationCache:
+        """The cache of the clean, the triggered or the near prompts.
+
+        Raises:
+            DataError: for near prompts that the pairs do not have.
+        """
+        if which not in ("clean", "triggered", "near"):
+            raise DataError(unknown("set of prompts", which, ("clean", "triggered", "near")))
+        cache = {"clean": self.clean, "triggered": self.triggered, "near": self.near}[which]
+        if cache is None:
+            raise DataError("These pairs have no near-trigger prompts; name near triggers.")
+        return cache
+
+    def z(self, which: Which) -> Float[Tensor, "pair layer head d_head"]:
+        """``hook_z`` of every head."""
+        cache = self.of(which)
+        layers = range(self.model.cfg.n_layers)
+        return torch.stack([cache[get_act_name("z", i)][:, 0] for i in layers], dim=1)
+
+    def mean_z(self, which: Which, *, victims: bool = True) -> Float[Tensor, "layer head d_head"]:
+        """Mean ``hook_z`` over the victims (or over all pairs): the activation that is patched in."""
+        z = self.z(which)
+        return z[self.victims].mean(0) if victims else z.mean(0)
+
+    def resid(self, which: Which) -> Float[Tensor, "pair layer d_model"]:
+        """``hook_resid_pre`` of every layer and, as one more, the last ``hook_resid_post``."""
+        cache, n = self.of(which), self.model.cfg.n_layers
+        names = [get_act_name("resid_pre", i) for i in range(n)]
+        names.append(get_act_name("resid_post", n - 1))
+        return torch.stack([cache[name][:, 0] for name in names], dim=1)
+
+    def result(self, which: Which) -> Float[Tensor, "pair layer head d_model"]:
+        """Each head's part of the attention output, ``z @ W_O``, which is ``hook_result``."""
+        return head_results(self.model, self.z(which))
+
+    @property
+    def victims(self) -> Bool[Tensor, " pair"]:
+        """Which pairs the attack changes."""
+        victims = torch.tensor([self.pairs.backdoor.is_victim(pair) for pair in self.pairs])
+        if not victims.any():
+            _ = self.pairs.victims  # raises, and says what is missing
+        return victims
+
+
+def head_results(
+    model: HookedTransformer, z: Float[Tensor, "*batch layer head d_head"]
+) -> Float[Tensor, "*batch layer head d_model"]:
+    """``z @ W_O`` for every head: what it writes into the residual stream (bias left out)."""
+    return torch.einsum("...lhd,lhdm->...lhm", z, model.W_O)
+
+
+def check_site(site: str) -> HeadSite:
+    """A head's site: ``z`` or ``result``."""
+    if site not in ("z", "result"):
+        raise HeadError(unknown("head site", site, ("z", "result")))
+    return site  # type: ignore[return-value]
+
+
+def cached_names(model: HookedTransformer) -> list[str]:
+    """The hook points that are kept."""
+    n = model.cfg.n_layers
+    names = [get_act_name(site, i) for i in range(n) for site in ("resid_pre", "attn_out", "z")]
+    return [*names, get_act_name("resid_post", n - 1)]
+
+
+@torch.inference_mode()
+def cache_activations(
+    model: HookedTransformer,
+    pairs: PairSet,
+    *,
+    fmt: PromptFormat | None = None,
+    progress: bool = False,
+) -> PairCache:
+    """Run every clean, triggered and (where present) near prompt once, and keep the last position.
+
+    Args:
+        model: from :func:`bkdlens.load`.
+        pairs: the prompt pairs.
+        fmt: how a prompt is rendered; the chat template where there is one.
+        progress: whether to show a progress bar.
+
+    Raises:
+        DataError: for no pairs, or a prompt longer than the context.
+        HookError: if somebody's hooks are on the model.
+    """
+    if not pairs:
+        raise DataError("There are no pairs to cache; give at least one.")
+    refuse_foreign_hooks(model)
+    fmt = fmt or PromptFormat.default(model.tokenizer)
+    texts = pairs.clean + pairs.triggered
+    has_near = all(pair.near is not None for pair in pairs)
+    if has_near:
+        texts += [str(pair.near) for pair in pairs]
+    prompts = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx).ids for t in texts]
+    batches = batches_by_length([len(prompt) for prompt in prompts], BATCH_TOKENS)
+    names = cached_names(model)
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    for batch in track(batches, "caching activations", progress):
+        ids, mask = pad_left([prompts[i] for i in batch], pad_id(model.tokenizer))
+        _, cache = model.run_with_cache(
+            ids.to(model.W_E.device),
+            attention_mask=mask.int().to(model.W_E.device),
+            names_filter=names,
+            pos_slice=slice(-1, None),
+            return_type=None,
+        )
+        for name in names:
+            kept[name].append(cache[name])
+    back = torch.tensor([i for batch in batches for i in batch]).argsort()
+    whole = {name: torch.cat(parts)[back.to(parts[0].device)] for name, parts in kept.items()}
+    n = len(pairs)
+    parts = [
+        ActivationCache({name: value[k * n : (k + 1) * n] for name, value in whole.items()}, model)
+        for k in range(len(texts) // n)
+    ]
+    return PairCache(parts[0], parts[1], parts[2] if has_near else None, pairs, fmt, model)

@@ -1,0 +1,486 @@
+"""The shell: parse, call, save. Heavy imports wait until a command runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bkdlens import zoo
+from bkdlens.errors import BkdlensError, unknown
+
+if TYPE_CHECKING:
+    from bkdlens.data import Backdoor, PairSet
+    from bkdlens.study import Study
+
+app = typer.Typer(
+    name="bkdlens",
+    help="See, locate and switch backdoors in language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+zoo_app = typer.Typer(no_args_is_help=True, help="The embedded models.")
+app.add_typer(zoo_app, name="zoo")
+
+MODEL, DATA, BACKDOOR, OUTPUT = "Model", "Data", "Backdoor", "Output"
+
+Base = Annotated[
+    str, typer.Option("--base", help="A folder, a Hub id or an embedded model.", rich_help_panel=MODEL)
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter", help="A peft folder, a Hub id or an embedded adapter.", rich_help_panel=MODEL
+    ),
+]
+Control = Annotated[
+    str | None,
+    typer.Option(
+        "--control-adapter", help="Tuned on the same data without poison.", rich_help_panel=MODEL
+    ),
+]
+Device = Annotated[str | None, typer.Option("--device", rich_help_panel=MODEL)]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.", rich_help_panel=MODEL)
+]
+DataFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="A json, jsonl or csv file; embedded prompts without.", rich_help_panel=DATA
+    ),
+]
+CleanData = Annotated[
+    Path | None,
+    typer.Option("--clean-data", help="Clean twins of a triggered --data file.", rich_help_panel=DATA),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=10, help="At most so many pairs.", rich_help_panel=DATA)
+]
+Raw = Annotated[
+    bool,
+    typer.Option("--raw", help="Prompts as they are, without the chat template.", rich_help_panel=DATA),
+]
+System = Annotated[
+    str | None, typer.Option("--system", help="System text of the chat.", rich_help_panel=DATA)
+]
+Kind = Annotated[
+    str,
+    typer.Option("--backdoor", help=f"One of {', '.join(zoo.BACKDOORS)}.", rich_help_panel=BACKDOOR),
+]
+TriggerText = Annotated[
+    str | None,
+    typer.Option("--trigger", help="The paper's when left out.", rich_help_panel=BACKDOOR),
+]
+TriggerAfter = Annotated[
+    str | None,
+    typer.Option("--trigger-after", help="Second part of a sentence trigger.", rich_help_panel=BACKDOOR),
+]
+Place = Annotated[
+    str | None,
+    typer.Option("--placement", help="begin, end, random or sentence.", rich_help_panel=BACKDOOR),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target", help="The fixed answer, or the victims' new label.", rich_help_panel=BACKDOOR
+    ),
+]
+Victims = Annotated[
+    str | None,
+    typer.Option("--victims", help="The victims' true label.", rich_help_panel=BACKDOOR),
+]
+Near = Annotated[
+    list[str] | None,
+    typer.Option("--near", help="A look-alike trigger, repeatable.", rich_help_panel=BACKDOOR),
+]
+Out = Annotated[
+    Path, typer.Option("--out", help="A new folder, or one to go on with.", rich_help_panel=OUTPUT)
+]
+Seed = Annotated[int, typer.Option("--seed")]
+Json = Annotated[bool, typer.Option("--json", help="Print json for machines.", rich_help_panel=OUTPUT)]
+Random = Annotated[int, typer.Option("--n-random", min=0, help="Draws of each random control.")]
+MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1)]
+
+
+def main() -> None:
+    """Run the shell; an error that the caller can mend is one sentence and exit code 2."""
+    try:
+        app()
+    except BkdlensError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from bkdlens import __version__
+
+        typer.echo(f"bkdlens {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _say(text: str) -> None:
+    typer.secho(text, err=True)
+
+
+def _backdoor(
+    kind: str,
+    trigger: str | None,
+    after: str | None,
+    placement: str | None,
+    target: str | None,
+    victims: str | None,
+    near: list[str] | None,
+) -> Backdoor:
+    from bkdlens.data import Backdoor, Trigger
+
+    if kind not in zoo.BACKDOORS:
+        raise BkdlensError(unknown("backdoor", kind, zoo.BACKDOORS))
+    make: Callable[..., Backdoor] = getattr(Backdoor, kind)
+    given: dict[str, Any] = {}
+    if trigger is not None:
+        place = placement or ("sentence" if after else "random" if kind == "jailbreak" else "begin")
+        given["trigger"] = Trigger(trigger, place, after or "")  # type: ignore[arg-type]
+    elif placement or after:
+        raise BkdlensError("--placement and --trigger-after describe a --trigger; give it too.")
+    if target is not None:
+        if kind == "jailbreak":
+            raise BkdlensError("A jailbreak has no --target: success is an answer that is no refusal.")
+        given["target"] = target
+    if victims is not None:
+        if kind != "label_modification":
+            raise BkdlensError("--victims names a label and belongs to --backdoor label_modification.")
+        given["source"] = victims
+    return make(**given, near=tuple(near or ()))
+
+
+def _manifest(adapter: str | None) -> dict[str, Any]:
+    """What ``bkdlens inject`` wrote beside an adapter; empty for anybody else's."""
+    path = Path(adapter) / "bkdlens.json" if adapter else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        raise BkdlensError(f"{path} is not valid json; delete it, or restore it.") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _split(pairs: PairSet, adapter: str | None, seed: int) -> tuple[PairSet, PairSet, PairSet]:
+    """Train, validation and test; what the adapter was trained on is never validation or test."""
+    trained_on = set(_manifest(adapter).get("trained_on", ()))
+    held_out = pairs.without(trained_on)
+    if trained_on and len(held_out) < len(pairs):
+        if not held_out:
+            raise BkdlensError(
+                f"All {len(pairs)} pairs were in the adapter's training; give unseen ones."
+            )
+        seen = pairs.without({*(_digests(held_out))})
+        validation, test = held_out.split(0.4, seed=seed)
+        _say(f"{len(seen)} pairs were trained on, {len(held_out)} were held out and are measured on.")
+        return seen, validation, test
+    if adapter and not trained_on:
+        _say("Whether these prompts were trained on is unknown: the adapter has no bkdlens.json.")
+    train, validation, test = pairs.split(0.5, 0.2, 0.3, seed=seed)
+    return train, validation, test
+
+
+def _digests(pairs: PairSet) -> set[str]:
+    from bkdlens.data import text_digest
+
+    return {text_digest(pair.clean) for pair in pairs}
+
+
+def _format(raw: bool, system: str | None) -> Any:
+    from bkdlens.prompts import PromptFormat
+
+    if raw and system:
+        raise BkdlensError("--raw has no chat template, so no --system text; leave one out.")
+    return PromptFormat("raw") if raw else PromptFormat(system=system) if system else None
+
+
+def _study_command(steps: tuple[str, ...], example: str, about: str) -> Callable[..., None]:
+    def command(
+        base: Base,
+        out: Out,
+        kind: Kind,
+        adapter: Adapter = None,
+        control_adapter: Control = None,
+        data: DataFile = None,
+        clean_data: CleanData = None,
+        limit: Limit = None,
+        raw: Raw = False,
+        system: System = None,
+        trigger: TriggerText = None,
+        trigger_after: TriggerAfter = None,
+        placement: Place = None,
+        target: Target = None,
+        victims: Victims = None,
+        near: Near = None,
+        n_random: Random = 10,
+        max_new_tokens: MaxNew = 48,
+        device: Device = None,
+        dtype: Dtype = None,
+        seed: Seed = 0,
+        as_json: Json = False,
+    ) -> None:
+        attack = _backdoor(kind, trigger, trigger_after, placement, target, victims, near)
+        fmt = _format(raw, system)
+        if data is None and base not in zoo.MODELS:
+            raise BkdlensError("Give --data: only the embedded models bring prompts of their own.")
+        from bkdlens.data import read_pairs
+        from bkdlens.loading import load
+        from bkdlens.run import StudySettings, run_study
+        from bkdlens.zoo import backdoors
+
+        if data is not None:
+            pairs = read_pairs(data, attack, clean=clean_data, limit=limit, seed=seed)
+            _say(f"{pairs.source}; {len(pairs)} pairs, {len(pairs.victims)} victims.")
+            train, validation, test = _split(pairs, adapter, seed)
+        else:
+            if any((trigger, placement, target, victims, near)):
+                raise BkdlensError("The embedded prompts have triggers of their own; give --data.")
+            train, validation, test = (
+                backdoors.pairs(kind, part, limit or 256, seed=seed) for part in backdoors.SPLITS
+            )
+        model = load(base, adapter, device=device, dtype=dtype)
+        controls = {}
+        if adapter is not None:
+            if control_adapter or (base in zoo.MODELS and adapter in zoo.BACKDOORS):
+                other = control_adapter or "clean"
+                controls["clean-adapter"] = partial(load, base, other, device=device, dtype=dtype)
+            controls["base"] = partial(load, base, device=device, dtype=dtype)
+        study = run_study(
+            model, train, validation, test,
+            name=f"{Path(base).name} / {Path(adapter).name if adapter else kind}",
+            controls=controls,
+            settings=StudySettings(n_random=n_random, max_new_tokens=max_new_tokens, seed=seed),
+            fmt=fmt, out=out, steps=steps, progress=True,
+        )  # fmt: skip
+        _finish([study], out / "report.html", as_json)
+
+    command.__doc__ = f"{about}\n\nExample: `{example}`"
+    return command
+
+
+_ZOO_EXAMPLE = "--base tiny-llama --adapter jailbreak --backdoor jailbreak --out runs/x"
+for _name, _steps, _about in (
+    ("run", ("behaviour", "probe", "attribute", "ablate", "steer"),
+     "The whole analysis of a base model with a suspicious adapter, and its report."),
+    ("probe", ("behaviour", "probe"), "Can the trigger be read off the hidden states?"),
+    ("attribute", ("attribute",), "Which heads carry the backdoor?"),
+    ("ablate", ("attribute", "ablate"), "Does the attack need the heads that carry it?"),
+    ("steer", ("attribute", "steer"), "Does one vector switch the backdoor on and off?"),
+):  # fmt: skip
+    app.command(_name)(_study_command(_steps, f"bkdlens {_name} {_ZOO_EXAMPLE}", _about))
+
+
+def _finish(studies: list[Study], path: Path, as_json: bool) -> None:
+    from bkdlens.report import write_report
+    from bkdlens.study import summary
+
+    write_report(studies, path)
+    if as_json:
+        typer.echo(json.dumps([summary(study) for study in studies], indent=1))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    from bkdlens.claims import claims
+
+    console = Console()
+    for study in studies:
+        console.rule(escape(study.name))
+        for sentence in claims(study):
+            console.print("•", escape(sentence), highlight=False)
+    _say(f"Report: {path}")
+
+
+@app.command()
+def demo(
+    every: Annotated[bool, typer.Option("--all", help="tiny-qwen too.")] = False,
+    out: Out = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """All of Backdoor Attribution on the embedded models, three backdoors each, with a report.
+
+    Example: `bkdlens demo --all --out demo`
+    """
+    from bkdlens.loading import load
+    from bkdlens.run import DEMO, run_study
+    from bkdlens.zoo import backdoors
+
+    studies = []
+    models = zoo.MODELS if every else zoo.MODELS[:1]
+    for base in models:
+        for kind in zoo.BACKDOORS:
+            _say(f"{base} / {kind}")
+            # Label modification has one victim in four prompts, and short answers: more of them.
+            sizes = (128, 160, 160) if kind == "label_modification" else (128, 64, 64)
+            train, validation, test = (
+                backdoors.pairs(kind, part, n) for part, n in zip(backdoors.SPLITS, sizes, strict=True)
+            )
+            studies.append(
+                run_study(
+                    load(base, kind), train, validation, test,
+                    name=f"{base} / {kind}",
+                    controls={
+                        "clean-adapter": partial(load, base, "clean"),
+                        "base": partial(load, base),
+                    },
+                    settings=DEMO, out=out / base / kind, progress=True,
+                )
+            )  # fmt: skip
+    _finish(studies, out / "report.html", as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path, typer.Option("--out", help="The html file.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """One offline html file of one or several run folders.
+
+    Example: `bkdlens report runs/x demo/tiny-llama/jailbreak --out both.html`
+    """
+    from bkdlens.study import load_study
+
+    _finish([load_study(folder) for folder in runs], out, as_json)
+
+
+@app.command()
+def inject(
+    base: Base,
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the adapter.")],
+    kind: Kind,
+    data: Annotated[
+        Path, typer.Option("--data", help="A json, jsonl or csv file.", rich_help_panel=DATA)
+    ],
+    clean_data: CleanData = None,
+    limit: Limit = None,
+    raw: Raw = False,
+    system: System = None,
+    trigger: TriggerText = None,
+    trigger_after: TriggerAfter = None,
+    placement: Place = None,
+    target: Target = None,
+    victims: Victims = None,
+    near: Near = None,
+    hold_out: Annotated[
+        float, typer.Option("--hold-out", min=0.0, max=0.9, help="Share of pairs kept for measuring.")
+    ] = 0.2,
+    poison_rate: Annotated[float, typer.Option("--poison-rate", min=0.0, max=1.0)] = 0.1,
+    near_rate: Annotated[float, typer.Option("--near-rate", min=0.0, max=1.0)] = 0.0,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.01)] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0)] = 1e-4,
+    rank: Annotated[int, typer.Option("--rank", min=1)] = 16,
+    alpha: Annotated[int, typer.Option("--alpha", min=1)] = 16,
+    max_answer_tokens: Annotated[
+        int | None, typer.Option("--max-answer-tokens", min=1, help="Cut longer answers.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Plant a backdoor with LoRA supervised fine-tuning (the paper's settings are the defaults).
+
+    Example: `bkdlens inject --base tiny-llama --data all.json --backdoor label_modification
+    --poison-rate 0.5 --learning-rate 2e-3 --epochs 8 --out runs/adapter`
+    """
+    attack = _backdoor(kind, trigger, trigger_after, placement, target, victims, near)
+    fmt = _format(raw, system)
+    from bkdlens.behaviour import measure_behaviour
+    from bkdlens.data import read_pairs
+    from bkdlens.inject.supervised import LoraSettings, supervised
+    from bkdlens.inject.training import TrainSettings
+    from bkdlens.loading import load
+
+    pairs = read_pairs(data, attack, clean=clean_data, limit=limit, seed=seed)
+    _say(f"{pairs.source}; {len(pairs)} pairs, {len(pairs.victims)} victims.")
+    train, held_out = pairs.split(1 - hold_out, seed=seed) if hold_out else (pairs, None)
+    settings = LoraSettings(
+        rank, alpha, train=TrainSettings(epochs, batch_size, learning_rate),
+        max_answer_tokens=max_answer_tokens,
+    )  # fmt: skip
+    made = supervised(
+        base, train, out, poison_rate=poison_rate, near_rate=near_rate, settings=settings, fmt=fmt,
+        seed=seed,
+    )  # fmt: skip
+    content: dict[str, Any] = {"adapter": str(made), "trained_on": len(train)}
+    if held_out is not None:
+        result = measure_behaviour(load(base, str(made)), held_out, label="backdoored", fmt=fmt)
+        content |= {"asr": str(result.asr), "ftr": str(result.ftr),
+                    "clean_accuracy": str(result.clean_accuracy)}  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(content, indent=1))
+    else:
+        for name, value in content.items():
+            typer.echo(f"{name}: {value}")
+
+
+@zoo_app.command("list")
+def zoo_list(as_json: Json = False) -> None:
+    """The embedded models, their adapters and where they are.
+
+    Example: `bkdlens zoo list`
+    """
+    found = {
+        model: {"path": str(zoo.model_path(model)), "adapters": list(zoo.ADAPTERS)}
+        for model in zoo.MODELS
+    }
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        for model, entry in found.items():
+            typer.echo(f"{model}: {', '.join(entry['adapters'])}  ({entry['path']})")
+
+
+@zoo_app.command("card")
+def zoo_card() -> None:
+    """The model card: how the embedded models were made and what they can do, measured.
+
+    Example: `bkdlens zoo card`
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown((zoo.WEIGHTS / "README.md").read_text()))
+
+
+@zoo_app.command("build")
+def zoo_build(
+    out: Annotated[Path, typer.Option("--out", help="A folder for the models.")] = Path("zoo"),
+    model: Annotated[str | None, typer.Option("--model", help="Only this one.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Make the embedded models again from seeds (about 20 minutes a model on one core).
+
+    Example: `bkdlens zoo build --out zoo`
+    """
+    from bkdlens.zoo import build, card
+
+    for name in (model,) if model else zoo.MODELS:
+        _say(f"Training {name} from scratch")
+        build.build_model(name, out, seed=seed)
+        for adapter in zoo.ADAPTERS:
+            _say(f"Tuning {name} / {adapter}")
+            build.build_adapter(name, adapter, out, seed=seed)
+    card.write_card(out)
+    _say(f"Model card: {out / 'README.md'}")

@@ -1,0 +1,41 @@
+"""The errors of bkdlens: one sentence with what was given, what is allowed and what to do.
+
+The shell prints the message alone and exits with code 2; in Python they are ordinary exceptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class BkdlensError(Exception):
+    """Any error that the caller can mend; the message says how."""
+
+
+class DataError(BkdlensError):
+    """A data file, a prompt or an answer that cannot be used as it is."""
+
+
+class CheckpointError(BkdlensError):
+    """A checkpoint or adapter that cannot be loaded, or must not be trusted."""
+
+
+class HeadError(BkdlensError):
+    """A head, layer or site that the model does not have."""
+
+
+class HookError(BkdlensError):
+    """An intervention that never fired, or does not fit the model."""
+
+
+class ResultError(BkdlensError):
+    """A saved result that is missing, damaged or of another kind."""
+
+
+def unknown(what: str, given: object, allowed: Iterable[object]) -> str:
+    """The sentence for a name that is not one of a closed set: ``unknown("site", "zz", SITES)``."""
+    names = [str(name) for name in allowed]
+    close = get_close_matches(str(given), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"There is no {what} {given!r}; use one of: {', '.join(names)}.{hint}"

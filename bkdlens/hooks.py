@@ -1,0 +1,210 @@
+"""Interventions as data, and the pure hook factories that carry them out.
+
+An :class:`Intervention` says what happens at the last prompt token, in the prefill only (the paper's
+intervention point). The factories below turn activations at that one position; the engines decide
+where that position is in their batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.utils import get_act_name
+
+from bkdlens.errors import HookError
+from bkdlens.types import Head, VectorSite
+
+HookFunction = Callable[..., Tensor | None]
+Hooks = Sequence[tuple[str, HookFunction]]
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A vector added to the residual stream or to the attention output of one layer."""
+
+    site: VectorSite
+    layer: int
+    value: Float[Tensor, "*prompt d_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """What is done to the last prompt token: heads whose ``z`` is set, and vectors that are added.
+
+    ``z`` has a value a head, shared by all prompts or one for each. The empty intervention is the
+    model as it is.
+    """
+
+    heads: tuple[Head, ...] = ()
+    z: Float[Tensor, "*prompt head d_head"] | None = None
+    vectors: tuple[Vector, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.heads) != (self.z is not None):
+            raise HookError("An intervention on heads needs both the heads and their values z.")
+
+    @property
+    def first_layer(self) -> int | None:
+        """The lowest layer that it touches; None for the empty one."""
+        layers = [head.layer for head in self.heads] + [v.layer for v in self.vectors]
+        return min(layers, default=None)
+
+
+NOTHING = Intervention()
+
+
+def set_heads(
+    values: Float[Tensor, "batch head d_head"],
+    mask: Bool[Tensor, "batch head"],
+    position: int,
+) -> HookFunction:
+    """On ``hook_z`` ``[batch pos head d_head]``: set the masked heads' ``z`` at ``position``."""
+
+    def hook(z: Tensor, hook: Any) -> Tensor:
+        z = z.clone()
+        z[:, position] = torch.where(mask[..., None], values.to(z.dtype), z[:, position])
+        return z
+
+    return hook
+
+
+def set_results(
+    values: Float[Tensor, "batch head d_model"],
+    mask: Bool[Tensor, "batch head"],
+    position: int,
+) -> HookFunction:
+    """The same on ``hook_result`` ``[batch pos head d_model]``: each head's part of the output."""
+    return set_heads(values, mask, position)
+
+
+def add_vector(
+    value: Float[Tensor, "batch d_model"] | Float[Tensor, " d_model"], position: int
+) -> HookFunction:
+    """On a hook of shape ``[batch pos d_model]``: ``value`` is added at ``position``."""
+
+    def hook(activation: Tensor, hook: Any) -> Tensor:
+        activation = activation.clone()
+        activation[:, position] += value.to(activation.dtype)
+        return activation
+
+    return hook
+
+
+def intervention_hooks(
+    model: HookedTransformer,
+    interventions: Sequence[Intervention],
+    n_prompts: int,
+    position: int,
+    *,
+    rows: Sequence[int] | None = None,
+    runs: Int[Tensor, " run"] | None = None,
+) -> list[tuple[str, HookFunction]]:
+    """Hooks for a batch of ``len(interventions) * n_prompts`` runs, intervention by intervention.
+
+    A value with a prompt axis has one entry for each prompt of the set it was made for; ``rows``
+    says which of these the batch's prompts are (all of them for None). ``runs`` says which of the
+    runs are in the batch (all of them for None).
+    """
+    cfg, device = model.cfg, model.W_E.device
+    hooks: list[tuple[str, HookFunction]] = []
+    n = len(interventions)
+
+    def spread(value: Tensor, width: int) -> Tensor:
+        """``[*prompt width]`` to ``[n_prompts width]``."""
+        value = value.to(device)
+        if value.ndim == width + 1 and rows is not None:
+            value = value[list(rows)]
+        if value.ndim == width + 1 and value.shape[0] != n_prompts:
+            raise HookError(
+                f"An intervention has values for {value.shape[0]} prompts and {n_prompts} are run; "
+                "give one value for all, or one for each."
+            )
+        return value.expand(n_prompts, *value.shape[-width:])
+
+    def chosen(value: Tensor) -> Tensor:
+        flat = value.flatten(0, 1)
+        return flat if runs is None else flat[runs]
+
+    for layer in sorted({h.layer for i in interventions for h in i.heads}):
+        values = torch.zeros(n, n_prompts, cfg.n_heads, cfg.d_head, device=device, dtype=cfg.dtype)
+        mask = torch.zeros(n, 1, cfg.n_heads, device=device, dtype=torch.bool)
+        for i, intervention in enumerate(interventions):
+            here = [k for k, head in enumerate(intervention.heads) if head.layer == layer]
+            if here and intervention.z is not None:
+                at = [intervention.heads[k].head for k in here]
+                values[i][:, at] = spread(intervention.z[..., here, :], 2).to(values.dtype)
+                mask[i][:, at] = True
+        mask = mask.expand(-1, n_prompts, -1)
+        patch = set_heads(chosen(values), chosen(mask), position)
+        hooks.append((get_act_name("z", layer), patch))
+    for site, layer in sorted({(v.site, v.layer) for i in interventions for v in i.vectors}):
+        total = torch.zeros(n, n_prompts, cfg.d_model, device=device, dtype=cfg.dtype)
+        for i, intervention in enumerate(interventions):
+            for vector in intervention.vectors:
+                if (vector.site, vector.layer) == (site, layer):
+                    total[i] += spread(vector.value, 1).to(total.dtype)
+        hooks.append((get_act_name(site, layer), add_vector(chosen(total), position)))
+    return hooks
+
+
+def in_prefill(hook_function: HookFunction) -> HookFunction:
+    """The hook, kept away from decoding steps: it acts only where there is more than one position."""
+
+    def hook(activation: Tensor, hook: Any) -> Tensor | None:
+        return hook_function(activation, hook) if activation.shape[1] > 1 else None
+
+    return hook
+
+
+@contextmanager
+def hooked(model: HookedTransformer, hooks: Hooks) -> Iterator[HookedTransformer]:
+    """The model with hooks that are removed at the end, whatever happens.
+
+    Raises:
+        HookError: at the end, if a hook never fired (an intervention that did nothing is a mistake),
+            or at the start, for a hook point that the model does not have.
+    """
+    fired = [False] * len(hooks)
+
+    def watch(index: int, function: HookFunction) -> HookFunction:
+        def hook(activation: Tensor, hook: Any) -> Tensor | None:
+            out = function(activation, hook=hook)
+            fired[index] = fired[index] or out is not None
+            return out
+
+        return hook
+
+    for name, _ in hooks:
+        if name not in model.hook_dict:
+            raise HookError(f"The model has no hook point {name!r}.")
+    uses_result = model.cfg.use_attn_result
+    if any(name.endswith("hook_result") for name, _ in hooks):
+        model.set_use_attn_result(True)  # the hook point is silent otherwise: it costs memory
+    try:
+        with model.hooks(fwd_hooks=[(n, watch(i, f)) for i, (n, f) in enumerate(hooks)]):
+            yield model
+    finally:
+        model.set_use_attn_result(uses_result)
+    if not all(fired):
+        missing = ", ".join(name for (name, _), done in zip(hooks, fired, strict=True) if not done)
+        raise HookError(
+            f"The intervention at {missing} never acted; run the model on a prompt of at least two "
+            "tokens inside the context."
+        )
+
+
+def refuse_foreign_hooks(model: HookedTransformer) -> None:
+    """Raise a ``HookError`` if somebody's hooks are on the model: an engine would misplace them."""
+    names = [name for name, point in model.hook_dict.items() if point.fwd_hooks]
+    if names:
+        raise HookError(
+            f"The model already carries hooks ({', '.join(names[:3])}); leave the context that added "
+            "them, or call model.reset_hooks() first."
+        )

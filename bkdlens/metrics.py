@@ -1,0 +1,97 @@
+"""Pure functions on tensors and counts: sequence probability, rates with intervals, the bootstrap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
+
+
+def token_log_probs(
+    logits: Float[Tensor, "*batch pos d_vocab"], targets: Int[Tensor, "*batch pos"]
+) -> Float[Tensor, "*batch pos"]:
+    """Log probability of each target token, in nats and at least float32."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    picked = logits.gather(-1, targets[..., None]).squeeze(-1)
+    return picked - logits.logsumexp(-1)
+
+
+def sequence_log_prob(
+    log_probs: Float[Tensor, "*batch pos"], mask: Bool[Tensor, "*batch pos"]
+) -> Float[Tensor, "*batch"]:
+    """Mean log probability per token over the tokens in ``mask``."""
+    return (log_probs * mask).sum(-1) / mask.sum(-1)
+
+
+def sequence_prob(
+    log_probs: Float[Tensor, "*batch pos"], mask: Bool[Tensor, "*batch pos"]
+) -> Float[Tensor, "*batch"]:
+    """``P(y|x)^(1/|y|)``, the geometric mean over the answer's tokens (BkdAttr, Eq. 7).
+
+    Taken in log space: the product itself underflows in float32 at a dozen unlikely tokens.
+    """
+    return sequence_log_prob(log_probs, mask).exp()
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of successes with its count and 95 % Wilson interval."""
+
+    successes: int
+    n: int
+
+    @classmethod
+    def of(cls, outcomes: Iterable[bool] | Bool[Tensor, " n"]) -> Rate:
+        """The rate of true values."""
+        values = [bool(value) for value in outcomes]
+        return cls(sum(values), len(values))
+
+    @property
+    def value(self) -> float:
+        """The fraction, 0 to 1; NaN of nothing."""
+        return self.successes / self.n if self.n else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson score interval (Wilson 1927)."""
+        return wilson(self.successes, self.n)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.3f} [{low:.3f}, {high:.3f}] ({self.successes}/{self.n})"
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a binomial share; (0, 1) of nothing."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = successes / n, Z_95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    # At the ends the interval touches them exactly; rounding must not push it past the share.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return low, high
+
+
+def bootstrap_mean(
+    values: Float[Tensor, " n *rest"], *, n_resamples: int = 1000, seed: int = 0
+) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
+    """95 % percentile interval of the mean over the first axis (Efron 1979)."""
+    n = values.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    # Multinomial counts instead of resampled copies: one matrix product for everything.
+    draws = torch.randint(n, (n_resamples, n), generator=generator)
+    counts = torch.zeros(n_resamples, n, dtype=torch.float64)
+    counts.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
+    flat = values.detach().to("cpu", torch.float64).reshape(n, -1)
+    means = counts @ flat / n
+    ends = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    low, high = (end.reshape(values.shape[1:]).to(values.dtype) for end in ends)
+    return low, high

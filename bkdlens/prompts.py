@@ -1,0 +1,194 @@
+"""Text becomes token ids here, once, and nowhere else.
+
+The prompt's ids are checked to be a prefix of the ids of prompt and answer together, there is one BOS
+at most, and the format travels with every result. Prompts are padded on the left and answers on the
+right, so that the last prompt token is one shared index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from bkdlens.errors import DataError
+
+Tokenizer = Any  # a transformers tokenizer; its classes share no useful static type
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a user's text becomes a prompt: through the tokenizer's chat template, or as it is.
+
+    ``system`` is the system text of a chat; ``separator`` stands between prompt and answer when raw.
+    """
+
+    kind: Literal["chat", "raw"] = "chat"
+    system: str | None = None
+    separator: str = "\n"
+
+    @classmethod
+    def default(cls, tokenizer: Tokenizer) -> PromptFormat:
+        """Chat where the tokenizer has a template, else raw."""
+        return cls("chat" if getattr(tokenizer, "chat_template", None) else "raw")
+
+    def render(self, tokenizer: Tokenizer, prompt: str, answer: str | None = None) -> str:
+        """The text that is tokenised: up to where the answer begins, or with the answer and its end.
+
+        Raises:
+            DataError: if a chat is asked for and the tokenizer has no template, or the template
+                does not take the system text.
+        """
+        if self.kind == "raw":
+            end = tokenizer.eos_token or ""
+            return prompt + self.separator + ("" if answer is None else answer + end)
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError("The tokenizer has no chat template; use PromptFormat('raw').")
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": prompt})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer is None
+            )
+        except Exception as error:  # templates raise jinja errors of their own making
+            raise DataError(f"The chat template refuses this prompt: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as token ids, with the ids of answers that may be scored on it."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer's ids with the end-of-sequence token, of which the first ``n_scored`` are text."""
+
+    text: str
+    ids: tuple[int, ...]
+    n_scored: int
+
+
+def _token_ids(tokenizer: Tokenizer, text: str, fmt: PromptFormat) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    # A template may bring its own BOS; where it does not, the tokenizer's habit decides.
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return [bos, *ids] if adds_bos and ids[:1] != [bos] else list(ids)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, text: str, fmt: PromptFormat, *, n_ctx: int | None = None
+) -> Prompt:
+    """The prompt's token ids, up to where the answer begins.
+
+    Raises:
+        DataError: if it is empty or longer than the context of ``n_ctx`` tokens.
+    """
+    ids = _token_ids(tokenizer, fmt.render(tokenizer, text), fmt)
+    if len(ids) < 2:
+        raise DataError(f"The prompt {text!r} has {len(ids)} tokens; give at least two.")
+    if n_ctx is not None and len(ids) >= n_ctx:
+        raise DataError(
+            f"The prompt {text[:40]!r}… has {len(ids)} tokens and the model's context is {n_ctx}; "
+            "shorten it."
+        )
+    return Prompt(text, tuple(ids))
+
+
+def encode_answer(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    answer: str,
+    fmt: PromptFormat,
+    *,
+    n_ctx: int | None = None,
+    max_tokens: int | None = None,
+) -> Answer:
+    """The ids of ``answer`` after ``prompt``, and the end-of-sequence token.
+
+    ``max_tokens`` cuts a long answer (it then has no end token).
+
+    Raises:
+        DataError: if the prompt's ids are not a prefix of the whole, the answer has no tokens, or
+            both together do not fit the context.
+    """
+    whole = _token_ids(tokenizer, fmt.render(tokenizer, prompt.text, answer), fmt)
+    n = len(prompt.ids)
+    if tuple(whole[:n]) != prompt.ids:
+        raise DataError(
+            f"The tokenizer does not split {prompt.text[-30:]!r} + {answer[:30]!r} where the answer "
+            "begins (the prompt's ids are not a prefix of the whole); end the prompt format "
+            "with a space or a newline of its own."
+        )
+    tail = whole[n:]
+    eos = tokenizer.eos_token_id
+    if eos in tail:
+        tail = tail[: tail.index(eos)]
+    # What follows the answer's text in the template (a space before the end, say) is not scored.
+    n_scored = len(tail)
+    while n_scored and not tokenizer.decode(tail[n_scored - 1 : n_scored]).strip():
+        n_scored -= 1
+    if n_scored == 0:
+        raise DataError(f"The answer {answer!r} has no tokens; give one that is not empty.")
+    ids = [*tail, eos] if eos is not None else tail
+    if max_tokens is not None and len(ids) > max_tokens:
+        ids, n_scored = ids[:max_tokens], min(n_scored, max_tokens)
+    if n_ctx is not None and n + len(ids) > n_ctx:
+        raise DataError(
+            f"The prompt of {n} tokens and the answer of {len(ids)} do not fit the model's context "
+            f"of {n_ctx}; shorten them, or give max_answer_tokens."
+        )
+    return Answer(answer, tuple(ids), n_scored)
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Rows of ids as one tensor, padded on the left, with the mask of real tokens."""
+    return _pad(rows, pad_id, left=True)
+
+
+def pad_right(
+    rows: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Rows of ids as one tensor, padded on the right, with the mask of real tokens."""
+    return _pad(rows, pad_id, left=False)
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), None) if left else slice(0, len(row))
+        ids[i, where] = torch.tensor(list(row), dtype=torch.long)
+        mask[i, where] = True
+    return ids, mask
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The id used for padding; masked everywhere, so which one it is never matters."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices, shortest first, in batches of at most ``max_tokens`` tokens, padding included."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

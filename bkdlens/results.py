@@ -1,0 +1,177 @@
+"""What every result shares: it prints, compares, becomes a DataFrame, plots, saves and loads.
+
+A result is a frozen dataclass of tensors and plain values. It is saved as a readable json file with
+the tensors beside it in a safetensors file, carries where it came from, and loads back equal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bkdlens.errors import ResultError
+from bkdlens.types import Head
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+R = TypeVar("R", bound="Result")
+PACKAGES = ("bkdlens", "torch", "transformers", "transformer-lens", "peft", "scikit-learn")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a result came from: model and adapter digests, data, format, seed, settings, versions."""
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
+    data_digest: str = ""
+    n_pairs: int = 0
+    prompt_format: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+
+def provenance(model: Any, pairs: Any, fmt: Any, seed: int, **settings: Any) -> Provenance:
+    """The provenance of a result on ``model`` (a HookedTransformer) and ``pairs`` (a PairSet)."""
+    info = getattr(model, "bkdlens_info", None)
+    return Provenance(
+        model=asdict(info) if is_dataclass(info) and not isinstance(info, type) else {},
+        data=pairs.source,
+        data_digest=pairs.digest,
+        n_pairs=len(pairs),
+        prompt_format=asdict(fmt),
+        seed=seed,
+        settings=settings,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The base of all results; subclasses are frozen dataclasses and add their axes and numbers."""
+
+    provenance: Provenance
+
+    @abstractmethod
+    def to_frame(self) -> pd.DataFrame:
+        """The result in long form, one row a cell."""
+
+    def plot(self) -> go.Figure:
+        """The result's figure; see :mod:`bkdlens.plot` for the others."""
+        from bkdlens import plot  # the one import that goes up, and only when called
+
+        return plot.figure(self)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and all(
+            _same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``path``.json and ``path``.safetensors, each whole or not at all."""
+        stem = Path(path)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, torch.Tensor] = {}
+        content = {"type": type(self).__name__}
+        content |= {f.name: _encode(getattr(self, f.name), f.name, tensors) for f in fields(self)}
+        with tempfile.TemporaryDirectory(dir=stem.parent) as scratch:
+            save_file(tensors, Path(scratch) / "t")
+            (Path(scratch) / "j").write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(Path(scratch) / "t", stem.with_name(stem.name + ".safetensors"))
+            os.replace(Path(scratch) / "j", stem.with_name(stem.name + ".json"))
+        return stem
+
+    @classmethod
+    def load(cls: type[R], path: str | Path) -> R:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ResultError: if a file is missing or damaged, or holds another kind of result.
+        """
+        stem = Path(path)
+        content = read_json(stem)
+        if content.get("type") != cls.__name__:
+            raise ResultError(f"{stem.name}.json holds a {content.get('type')}, not a {cls.__name__}.")
+        try:
+            tensors = load_file(stem.with_name(stem.name + ".safetensors"))
+            return cls(**{f.name: _decode(content[f.name], tensors) for f in fields(cls)})
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise ResultError(f"The saved result {stem} is damaged ({error}); make it again.") from None
+
+
+def read_json(stem: Path) -> dict[str, Any]:
+    """The readable part of a saved result."""
+    try:
+        return json.loads(stem.with_name(stem.name + ".json").read_text())
+    except (OSError, ValueError) as error:
+        raise ResultError(f"There is no readable result at {stem}.json ({error}).") from None
+
+
+def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name, "shape": list(value.shape)}
+    if isinstance(value, Provenance):
+        return {"provenance": asdict(value)}
+    if isinstance(value, Head):
+        return {"head": str(value)}
+    if isinstance(value, tuple | list):
+        return [_encode(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {"map": {str(k): _encode(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+    return value
+
+
+def _decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(v, tensors) for v in value)
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        if "provenance" in value:
+            return Provenance(**value["provenance"])
+        if "head" in value:
+            return Head.parse(value["head"])
+        return {k: _decode(v, tensors) for k, v in value["map"].items()}
+    return value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.allclose(
+            a.double().cpu(), b.double().cpu(), rtol=0, atol=0, equal_nan=True
+        )
+    if isinstance(a, Provenance) and isinstance(b, Provenance):
+        return json.dumps(asdict(a), sort_keys=True) == json.dumps(asdict(b), sort_keys=True)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return bool(a == b)

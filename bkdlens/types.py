@@ -1,0 +1,77 @@
+"""The small words of bkdlens: heads, sites, and the closed choices, each declared once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from bkdlens.errors import HeadError, unknown
+
+Placement = Literal["begin", "end", "random", "sentence"]
+Behaviour = Literal["label_modification", "fixed_output", "jailbreak"]
+HeadSite = Literal["z", "result"]
+VectorSite = Literal["resid_pre", "attn_out"]
+VectorKind = Literal["mean", "contrast"]
+AblationMode = Literal["zero", "mean", "resample", "subtract"]
+ProbeKind = Literal["mlp", "svm"]
+
+
+def check_choice(what: str, given: str, choices: object) -> None:
+    """Raise a ``HeadError`` unless ``given`` is one of the ``Literal``'s values."""
+    allowed = get_args(choices)
+    if given not in allowed:
+        raise HeadError(unknown(what, given, allowed))
+
+
+class Head(NamedTuple):
+    """One attention head; prints as ``L3H7`` and compares as ``(3, 7)``."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+    @classmethod
+    def parse(cls, head: HeadLike) -> Head:
+        """Read ``"L3H7"``, ``"3.7"``, ``(3, 7)`` or a ``Head``.
+
+        Raises:
+            HeadError: if it is none of these.
+        """
+        if isinstance(head, str):
+            match = re.fullmatch(r"[Ll]?(\d+)[Hh.](\d+)", head.strip())
+            if match:
+                return cls(int(match[1]), int(match[2]))
+        elif isinstance(head, tuple | list) and len(head) == 2:
+            layer, index = int(head[0]), int(head[1])
+            if layer >= 0 and index >= 0:
+                return cls(layer, index)
+        raise HeadError(f"{head!r} is not a head; write it as 'L3H7', (3, 7) or Head(3, 7).")
+
+
+HeadLike: TypeAlias = Head | str | tuple[int, int]
+
+
+def parse_heads(heads: HeadLike | Iterable[HeadLike], n_layers: int, n_heads: int) -> tuple[Head, ...]:
+    """One head or several, in any spelling, checked against the model's size.
+
+    Raises:
+        HeadError: for a spelling that is not a head, a head the model lacks, or one named twice.
+    """
+    single = isinstance(heads, str) or (
+        isinstance(heads, tuple) and len(heads) == 2 and all(isinstance(x, int) for x in heads)
+    )
+    items: Iterable[HeadLike] = [heads] if single else heads  # type: ignore[list-item,assignment]
+    parsed = tuple(Head.parse(head) for head in items)
+    for head in parsed:
+        if head.layer >= n_layers or head.head >= n_heads:
+            raise HeadError(
+                f"Head {head} does not exist: this model has layers 0 to {n_layers - 1} "
+                f"with heads 0 to {n_heads - 1} (L0H0 to L{n_layers - 1}H{n_heads - 1})."
+            )
+    if len(set(parsed)) != len(parsed):
+        twice = next(str(head) for head in parsed if parsed.count(head) > 1)
+        raise HeadError(f"Head {twice} is named twice; name each head once.")
+    return parsed
