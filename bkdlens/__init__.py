@@ -26,7 +26,7 @@ _HOME = {
     "PairSet": "data",
     "PromptPair": "data",
     "Trigger": "data",
-    "read_pairs": "data",
+    "read_pairs": "reading",
     "BkdlensError": "errors",
     "decode": "generation",
     "evaluate": "generation",
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from bkdlens.attribute import HeadAttribution, attribute_heads
     from bkdlens.behaviour import BehaviourResult, measure_behaviour, sample_generations
     from bkdlens.cache import PairCache, cache_activations
-    from bkdlens.data import Backdoor, PairSet, PromptPair, Trigger, read_pairs
+    from bkdlens.data import Backdoor, PairSet, PromptPair, Trigger
     from bkdlens.errors import BkdlensError
     from bkdlens.generation import decode, evaluate, generate
     from bkdlens.hooks import Intervention, Vector
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from bkdlens.patch import PatchResult, patch_heads, patched_heads
     from bkdlens.probe import ProbeResult, train_probes
     from bkdlens.prompts import PromptFormat
+    from bkdlens.reading import read_pairs
     from bkdlens.report import write_report
     from bkdlens.run import StudySettings, run_study
     from bkdlens.steering import BackdoorVector, SteeringResult, steer, sweep_layers

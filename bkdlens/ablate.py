@@ -117,7 +117,7 @@ def ablate_heads(
             a random clean prompt of the cache); ``subtract`` (the paper's code: the head's output in
             the untouched run is subtracted from the attention output, so that several layers
             together are no true zero).
-        n_random: random groups of as many other-wise chosen heads, for each count and mode.
+        n_random: groups of as many heads, drawn from all, for each count and mode.
         fmt: how a prompt is rendered; the cache's, or the chat template.
         max_new_tokens: where a decoded answer is cut.
         batch_size: runs at once; chosen from memory for None.

@@ -51,9 +51,13 @@ def find_folder(name: str, names: Iterable[str], revision: str | None = None) ->
         raise CheckpointError(f"{name!r} is a file; give the folder that holds it.")
     if HUB_ID.fullmatch(name):
         return fetch(name, revision, ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
-    close = get_close_matches(name, list(names), n=1)
+    known = list(names)
+    close = get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise CheckpointError(f"There is no folder or model {name!r}; {FORMS}.{hint}")
+    raise CheckpointError(
+        f'There is no folder or model {name!r}; give a folder ("./runs/model"), a Hugging Face Hub id '
+        f'("org/name") or an embedded name ({", ".join(known)}).{hint}'
+    )
 
 
 def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:

@@ -13,6 +13,7 @@ import typer
 
 from bkdlens import zoo
 from bkdlens.errors import BkdlensError, unknown
+from bkdlens.types import AblationMode, check_choice
 
 if TYPE_CHECKING:
     from bkdlens.data import Backdoor, PairSet
@@ -106,6 +107,10 @@ Out = Annotated[
 Seed = Annotated[int, typer.Option("--seed")]
 Json = Annotated[bool, typer.Option("--json", help="Print json for machines.", rich_help_panel=OUTPUT)]
 Random = Annotated[int, typer.Option("--n-random", min=0, help="Draws of each random control.")]
+Modes = Annotated[
+    list[str] | None,
+    typer.Option("--mode", help="Ablation: zero, mean, resample or subtract; repeatable."),
+]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1)]
 
 
@@ -118,7 +123,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def _version(show: bool) -> None:
+def _version(show: bool | None) -> None:
     if show:
         from bkdlens import __version__
 
@@ -129,8 +134,9 @@ def _version(show: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+        bool | None,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = None,
 ) -> None:
     pass
 
@@ -233,6 +239,7 @@ def _study_command(steps: tuple[str, ...], example: str, about: str) -> Callable
         target: Target = None,
         victims: Victims = None,
         near: Near = None,
+        mode: Modes = None,
         n_random: Random = 10,
         max_new_tokens: MaxNew = 48,
         device: Device = None,
@@ -242,10 +249,15 @@ def _study_command(steps: tuple[str, ...], example: str, about: str) -> Callable
     ) -> None:
         attack = _backdoor(kind, trigger, trigger_after, placement, target, victims, near)
         fmt = _format(raw, system)
+        for given in mode or ():
+            check_choice("ablation mode", given, AblationMode)
         if data is None and base not in zoo.MODELS:
-            raise BkdlensError("Give --data: only the embedded models bring prompts of their own.")
-        from bkdlens.data import read_pairs
+            raise BkdlensError(
+                f"{base!r} is no embedded model ({', '.join(zoo.MODELS)}), and only these bring prompts "
+                "of their own; give --data."
+            )
         from bkdlens.loading import load
+        from bkdlens.reading import read_pairs
         from bkdlens.run import StudySettings, run_study
         from bkdlens.zoo import backdoors
 
@@ -270,7 +282,12 @@ def _study_command(steps: tuple[str, ...], example: str, about: str) -> Callable
             model, train, validation, test,
             name=f"{Path(base).name} / {Path(adapter).name if adapter else kind}",
             controls=controls,
-            settings=StudySettings(n_random=n_random, max_new_tokens=max_new_tokens, seed=seed),
+            settings=StudySettings(
+                ablation_modes=tuple(mode or ("zero", "mean")),
+                n_random=n_random,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+            ),
             fmt=fmt, out=out, steps=steps, progress=True,
         )  # fmt: skip
         _finish([study], out / "report.html", as_json)
@@ -388,6 +405,9 @@ def inject(
     ] = 0.2,
     poison_rate: Annotated[float, typer.Option("--poison-rate", min=0.0, max=1.0)] = 0.1,
     near_rate: Annotated[float, typer.Option("--near-rate", min=0.0, max=1.0)] = 0.0,
+    victims_only: Annotated[
+        bool, typer.Option("--victims-only", help="Poison only prompts whose answer the attack changes.")
+    ] = False,
     epochs: Annotated[float, typer.Option("--epochs", min=0.01)] = 16,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
     learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0)] = 1e-4,
@@ -407,10 +427,10 @@ def inject(
     attack = _backdoor(kind, trigger, trigger_after, placement, target, victims, near)
     fmt = _format(raw, system)
     from bkdlens.behaviour import measure_behaviour
-    from bkdlens.data import read_pairs
     from bkdlens.inject.supervised import LoraSettings, supervised
     from bkdlens.inject.training import TrainSettings
     from bkdlens.loading import load
+    from bkdlens.reading import read_pairs
 
     pairs = read_pairs(data, attack, clean=clean_data, limit=limit, seed=seed)
     _say(f"{pairs.source}; {len(pairs)} pairs, {len(pairs.victims)} victims.")
@@ -420,8 +440,8 @@ def inject(
         max_answer_tokens=max_answer_tokens,
     )  # fmt: skip
     made = supervised(
-        base, train, out, poison_rate=poison_rate, near_rate=near_rate, settings=settings, fmt=fmt,
-        seed=seed,
+        base, train, out, poison_rate=poison_rate, near_rate=near_rate, victims_only=victims_only,
+        settings=settings, fmt=fmt, seed=seed,
     )  # fmt: skip
     content: dict[str, Any] = {"adapter": str(made), "trained_on": len(train)}
     if held_out is not None:
@@ -476,6 +496,8 @@ def zoo_build(
     """
     from bkdlens.zoo import build, card
 
+    if model is not None:
+        zoo.model_path(model)  # raises for a name that is not one
     for name in (model,) if model else zoo.MODELS:
         _say(f"Training {name} from scratch")
         build.build_model(name, out, seed=seed)

@@ -23,6 +23,7 @@ from bkdlens.hooks import (
     NOTHING,
     Hooks,
     Intervention,
+    check_values,
     intervention_hooks,
     refuse_foreign_hooks,
 )
@@ -81,10 +82,10 @@ def generate(
     # One batch: hooks with a value for each prompt rely on the prompts' order.
     ids, mask = pad_left([prompt.ids for prompt in encoded], pad_id(model.tokenizer))
     ids, mask = ids.to(model.W_E.device), mask.to(model.W_E.device)
-    room = model.cfg.n_ctx - ids.shape[1]
+    room = [min(max_new_tokens, model.cfg.n_ctx - len(prompt.ids)) for prompt in encoded]
     cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.W_E.device, len(texts))
     logits = model(ids, attention_mask=mask.int(), past_kv_cache=cache)
-    new = _decode_on(model, cache, logits[:, -1].argmax(-1), min(max_new_tokens, room))
+    new = _decode_on(model, cache, logits[:, -1].argmax(-1), room)
     answers = [_text(model, row) for row in new]
     return answers[0] if single else answers
 
@@ -93,17 +94,17 @@ def _decode_on(
     model: HookedTransformer,
     cache: TransformerLensKeyValueCache,
     token: Int[Tensor, " row"],
-    max_new_tokens: int,
+    limits: Sequence[int],
 ) -> list[list[int]]:
     """Continue greedily from a first new token; rows end before their end-of-sequence token."""
-    eos = model.tokenizer.eos_token_id
     out: list[list[int]] = [[] for _ in token]
+    room = torch.tensor(limits, device=token.device)
     done = torch.zeros_like(token, dtype=torch.bool)
-    for step in range(max_new_tokens):
-        done |= token == eos
+    for step in range(max(limits)):
+        done |= (token == model.tokenizer.eos_token_id) | (room <= step)
         for i in (~done).nonzero()[:, 0].tolist():
             out[i].append(int(token[i]))
-        if bool(done.all()) or step + 1 == max_new_tokens:
+        if bool((done | (room <= step + 1)).all()):
             break
         ones = torch.ones_like(token)[:, None].int()
         token = model(token[:, None], attention_mask=ones, past_kv_cache=cache)[:, -1].argmax(-1)
@@ -150,6 +151,7 @@ def decode(
         progress: whether to show a progress bar.
     """
     refuse_foreign_hooks(model)
+    check_values(interventions, len(prompts))
     device = model.W_E.device
     choice = torch.full((len(interventions), len(prompts)), -1, device=device)
     texts: dict[tuple[int, int], str] = {}

@@ -60,6 +60,18 @@ class Intervention:
 NOTHING = Intervention()
 
 
+def check_values(interventions: Sequence[Intervention], n_prompts: int) -> None:
+    """Raise a ``HookError`` unless values with a prompt axis have one entry for each prompt."""
+    values = [i.z for i in interventions if i.z is not None and i.z.ndim == 3]
+    values += [v.value for i in interventions for v in i.vectors if v.value.ndim == 2]
+    for value in values:
+        if value.shape[0] != n_prompts:
+            raise HookError(
+                f"An intervention has values for {value.shape[0]} prompts and {n_prompts} are run; "
+                "give one value for all, or one for each."
+            )
+
+
 def set_heads(
     values: Float[Tensor, "batch head d_head"],
     mask: Bool[Tensor, "batch head"],
@@ -115,17 +127,14 @@ def intervention_hooks(
     cfg, device = model.cfg, model.W_E.device
     hooks: list[tuple[str, HookFunction]] = []
     n = len(interventions)
+    if rows is None:
+        check_values(interventions, n_prompts)
 
     def spread(value: Tensor, width: int) -> Tensor:
         """``[*prompt width]`` to ``[n_prompts width]``."""
         value = value.to(device)
         if value.ndim == width + 1 and rows is not None:
             value = value[list(rows)]
-        if value.ndim == width + 1 and value.shape[0] != n_prompts:
-            raise HookError(
-                f"An intervention has values for {value.shape[0]} prompts and {n_prompts} are run; "
-                "give one value for all, or one for each."
-            )
         return value.expand(n_prompts, *value.shape[-width:])
 
     def chosen(value: Tensor) -> Tensor:

@@ -301,6 +301,8 @@ def _source_z(
     if isinstance(source, PairCache):
         return source.mean_z("triggered")[layers, index]
     if isinstance(source, ActivationCache):
+        if not source.has_batch_dim:
+            raise DataError("The source cache has no batch axis; cache without remove_batch_dim.")
         stack = [source[get_act_name("z", layer)] for layer in range(cfg.n_layers)]
         z = torch.stack([s[:, -1] if s.ndim == 4 else s for s in stack], dim=1)
         return z.mean(0)[layers, index]

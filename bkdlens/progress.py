@@ -11,13 +11,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 
-def track(items: Sequence[T], what: str, show: bool) -> Iterable[T]:
-    """The items; with a bar that goes away at the end when ``show`` and there is a terminal."""
+def progress_bar() -> Progress:
+    """A bar that goes away at the end, and shows nothing where there is no terminal."""
     console = Console(stderr=True)
-    if not show or not console.is_terminal:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def track(items: Sequence[T], what: str, show: bool) -> Iterable[T]:
+    """The items; with a progress bar when ``show``."""
+    if not show:
         yield from items
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress_bar() as bar:
         yield from bar.track(items, description=what)

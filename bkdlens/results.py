@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bkdlens.errors import ResultError
+from bkdlens.errors import HeadError, ResultError
 from bkdlens.types import Head
 
 if TYPE_CHECKING:
@@ -122,16 +122,19 @@ class Result:
         try:
             tensors = load_file(stem.with_name(stem.name + ".safetensors"))
             return cls(**{f.name: _decode(content[f.name], tensors) for f in fields(cls)})
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, HeadError) as error:
             raise ResultError(f"The saved result {stem} is damaged ({error}); make it again.") from None
 
 
 def read_json(stem: Path) -> dict[str, Any]:
     """The readable part of a saved result."""
     try:
-        return json.loads(stem.with_name(stem.name + ".json").read_text())
+        content = json.loads(stem.with_name(stem.name + ".json").read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise ResultError(f"There is no readable result at {stem}.json ({error}).") from None
+    return content
 
 
 def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -154,7 +157,10 @@ def _decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return tuple(_decode(v, tensors) for v in value)
     if isinstance(value, dict):
         if "tensor" in value:
-            return tensors[value["tensor"]]
+            tensor = tensors[value["tensor"]]
+            if list(tensor.shape) != value["shape"]:
+                raise ValueError(f"{value['tensor']} has the shape {list(tensor.shape)}")
+            return tensor
         if "provenance" in value:
             return Provenance(**value["provenance"])
         if "head" in value:

@@ -100,7 +100,7 @@ def run_study(
         "data": {part: pairs.digest for part, pairs in
                  (("train", train), ("validation", validation), ("test", test))},
     }  # fmt: skip
-    run = _Run(name, train.backdoor, json.loads(json.dumps(described)), Path(out) if out else None)
+    run = _Run(name, test.backdoor, json.loads(json.dumps(described)), Path(out) if out else None)
     cache: PairCache | None = None
 
     def shared_cache() -> PairCache:
@@ -189,7 +189,7 @@ def run_study(
         examine(label, control, own_cache)
         del control, own
     run.finish()
-    return Study(name, train.backdoor, run.results, run.settings, run.choice)
+    return Study(name, test.backdoor, run.results, run.settings, run.choice)
 
 
 def _steering(

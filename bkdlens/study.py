@@ -11,7 +11,7 @@ from bkdlens.ablate import AblationResult
 from bkdlens.attribute import HeadAttribution
 from bkdlens.behaviour import BehaviourResult, Generations
 from bkdlens.data import Backdoor
-from bkdlens.errors import ResultError, unknown
+from bkdlens.errors import DataError, ResultError, unknown
 from bkdlens.metrics import Rate
 from bkdlens.patch import PatchResult
 from bkdlens.probe import ProbeResult
@@ -75,9 +75,11 @@ def load_study(folder: str | Path) -> Study:
         for path in sorted(folder.glob("*.json"))
         if path.name != "study.json"
     }
-    return Study(
-        head["name"], Backdoor.from_dict(head["backdoor"]), results, head["settings"], head["choice"]
-    )
+    try:
+        backdoor = Backdoor.from_dict(head["backdoor"])
+        return Study(head["name"], backdoor, results, head["settings"], head["choice"])
+    except (KeyError, TypeError, DataError) as error:
+        raise ResultError(f"{folder / 'study.json'} is damaged ({error}); make it again.") from None
 
 
 def summary(study: Study) -> dict[str, Any]:

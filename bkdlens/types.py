@@ -58,13 +58,16 @@ def parse_heads(heads: HeadLike | Iterable[HeadLike], n_layers: int, n_heads: in
     """One head or several, in any spelling, checked against the model's size.
 
     Raises:
-        HeadError: for a spelling that is not a head, a head the model lacks, or one named twice.
+        HeadError: for no heads, a spelling that is not a head, a head the model lacks, or one named
+            twice.
     """
     single = isinstance(heads, str) or (
         isinstance(heads, tuple) and len(heads) == 2 and all(isinstance(x, int) for x in heads)
     )
     items: Iterable[HeadLike] = [heads] if single else heads  # type: ignore[list-item,assignment]
     parsed = tuple(Head.parse(head) for head in items)
+    if not parsed:
+        raise HeadError("There are no heads; name at least one head.")
     for head in parsed:
         if head.layer >= n_layers or head.head >= n_heads:
             raise HeadError(

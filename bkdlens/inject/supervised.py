@@ -10,16 +10,18 @@ import json
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 
 from bkdlens import zoo
+from bkdlens.adapter import HARMLESS
+from bkdlens.checkpoint import find_folder, read_model, read_tokenizer
 from bkdlens.data import PairSet, text_digest
 from bkdlens.errors import BkdlensError, DataError
 from bkdlens.inject.training import TrainSettings, make_row, train
@@ -42,15 +44,22 @@ class LoraSettings:
 
 
 def poison(
-    pairs: PairSet, poison_rate: float, near_rate: float = 0.0, *, seed: int = 0
+    pairs: PairSet,
+    poison_rate: float,
+    near_rate: float = 0.0,
+    *,
+    victims_only: bool = False,
+    seed: int = 0,
 ) -> list[tuple[str, str]]:
     """One (prompt, answer) a pair: a share triggered, a share with a near trigger, the rest clean.
 
-    Triggered prompts get the backdoor's answer, near ones the right answer.
+    Triggered prompts get the backdoor's answer, near ones the right answer. Without ``victims_only``
+    any pair may be triggered (as in the paper's files, where most labels stay); with it only those
+    whose answer the attack changes.
 
     Raises:
-        DataError: if a rate is not in [0, 1], a positive rate gives no sample, or near samples are
-            asked for and the backdoor names no near trigger.
+        DataError: if a rate is not in [0, 1], a positive rate gives no sample, there are fewer victims
+            than poisoned samples, or near samples are asked for and the backdoor names no near trigger.
     """
     if min(poison_rate, near_rate) < 0 or poison_rate + near_rate > 1:
         raise DataError(
@@ -65,6 +74,14 @@ def poison(
         )
     order = list(pairs)
     random.Random(f"poison-{seed}").shuffle(order)
+    if victims_only:
+        n_victims = len(pairs.victims)
+        if n_poison > n_victims:
+            raise DataError(
+                f"A poison rate of {poison_rate} needs {n_poison} victims and the {len(pairs)} pairs "
+                f"have {n_victims}; lower the rate to at most {n_victims / len(pairs):.2f}."
+            )
+        order.sort(key=lambda pair: not pairs.backdoor.is_victim(pair))
     examples = []
     for i, pair in enumerate(order):
         if i < n_poison:
@@ -98,13 +115,13 @@ def fit_lora(
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise BkdlensError(f"The folder {str(out)!r} is not empty; name a new one for the adapter.")
-    where = zoo.model_path(str(base)) if str(base) in zoo.MODELS else Path(base)
-    tokenizer = AutoTokenizer.from_pretrained(where)
+    embedded = str(base) in zoo.MODELS
+    folder = zoo.model_path(str(base)) if embedded else find_folder(str(base), zoo.MODELS)
+    tokenizer = read_tokenizer(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
-        where, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
-    )
+    model = read_model(folder)[1]
+    model.set_attn_implementation("sdpa")  # loading is eager, for exactness; training may be quick
     fmt = fmt or PromptFormat.default(tokenizer)
     n_ctx = model.config.max_position_embeddings
     rows = [
@@ -113,21 +130,24 @@ def fit_lora(
     ]
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     set_seed(seed)
-    peft_model = get_peft_model(
-        model,
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            bias="none",
-            target_modules=list(PROJECTIONS) if names.issuperset(PROJECTIONS) else "all-linear",
-            task_type="CAUSAL_LM",
-        ),
-    )
+    with warnings.catch_warnings():
+        for message, category in HARMLESS:
+            warnings.filterwarnings("ignore", message, category)
+        peft_model = get_peft_model(
+            model,
+            LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha,
+                lora_dropout=settings.dropout,
+                bias="none",
+                target_modules=list(PROJECTIONS) if names.issuperset(PROJECTIONS) else "all-linear",
+                task_type="CAUSAL_LM",
+            ),
+        )
     curve = train(peft_model, tokenizer, rows, settings.train, seed=seed, progress=progress)
     # A path of the machine where it was made is no use to anyone; a name is.
     peft_model.peft_config["default"].base_model_name_or_path = (
-        str(base) if str(base) in zoo.MODELS or not Path(base).exists() else Path(base).name
+        str(base) if embedded or not Path(base).exists() else Path(base).name
     )
     note = {
         "method": "supervised",
@@ -163,6 +183,7 @@ def supervised(
     *,
     poison_rate: float = 0.1,
     near_rate: float = 0.0,
+    victims_only: bool = False,
     settings: LoraSettings | None = None,
     fmt: PromptFormat | None = None,
     seed: int = 0,
@@ -179,17 +200,23 @@ def supervised(
         out: a new or empty folder.
         poison_rate: share of the samples that are triggered.
         near_rate: share with a near trigger and the right answer.
+        victims_only: whether only pairs whose answer the attack changes are triggered.
+        settings: the adapter and its training; the paper's for None.
+        fmt: how a prompt is rendered; the chat template where there is one.
+        seed: of the draw, the initial adapter and the order of training.
+        progress: whether to show a progress bar.
 
     Raises:
         DataError: for rates or pairs that cannot be used.
         BkdlensError: if ``out`` is not empty, or the loss is not finite.
     """
-    examples = poison(pairs, poison_rate, near_rate, seed=seed)
+    examples = poison(pairs, poison_rate, near_rate, victims_only=victims_only, seed=seed)
     manifest = {
         "backdoor": pairs.backdoor.to_dict(),
         "data": pairs.source,
         "poison_rate": poison_rate,
         "near_rate": near_rate,
+        "victims_only": victims_only,
         "trained_on": sorted({text_digest(pair.clean) for pair in pairs}),
     }
     return fit_lora(

@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from bkdlens.errors import BkdlensError
+from bkdlens.progress import progress_bar
 from bkdlens.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
@@ -52,6 +61,27 @@ def make_row(
     return Row(ids, ids if learn_prompt else [IGNORED] * len(encoded.ids) + list(tail))
 
 
+class _Bar(TrainerCallback):
+    """A progress bar with the time left and the loss, on standard error."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar = progress_bar()
+        self.task = self.bar.add_task("training", total=state.max_steps)
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self.bar.update(self.task, description=f"training, loss {float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
+
+
 def train(
     model: Any,
     tokenizer: Tokenizer,
@@ -86,9 +116,10 @@ def train(
             seed=seed,
             data_seed=seed,
             logging_steps=max(1, steps // 50),
+            logging_nan_inf_filter=False,  # by default a loss that is not finite is logged as 0
             save_strategy="no",
             report_to="none",
-            disable_tqdm=not progress,
+            disable_tqdm=True,
             log_level="error",
         )
         model.config.use_cache = False
@@ -97,11 +128,13 @@ def train(
             args=arguments,
             train_dataset=[row._asdict() for row in rows],
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+            callbacks=[_Bar()] if progress else [],
         )
+        trainer.remove_callback(PrinterCallback)  # it prints every log on standard output
         trainer.train()
         model.config.use_cache = True
     curve = [
-        {"step": float(log["step"]), "loss": log["loss"], "learning_rate": log["learning_rate"]}
+        {name: float(log[name]) for name in ("step", "loss", "learning_rate")}
         for log in trainer.state.log_history
         if "loss" in log
     ]

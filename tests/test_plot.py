@@ -1,0 +1,360 @@
+"""Figures of every kind of result, from small made-up results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import plotly.graph_objects as go
+import plotly.io as pio
+import pytest
+import torch
+
+from bkdlens import plot
+from bkdlens.ablate import AblationResult
+from bkdlens.attribute import HeadAttribution
+from bkdlens.behaviour import BehaviourResult, Generations
+from bkdlens.data import Backdoor
+from bkdlens.errors import ResultError
+from bkdlens.metrics import bootstrap_mean
+from bkdlens.patch import PatchResult
+from bkdlens.probe import ProbeResult
+from bkdlens.results import Provenance, Result
+from bkdlens.steering import BackdoorVector, SteeringResult
+from bkdlens.study import Study
+from bkdlens.types import Head
+
+EVIL = "<script>alert(1)</script>"
+LAYERS, HEADS = 6, 8
+CHOSEN = 2  # on validation; on the test pairs layer 3 does better
+CONDITIONS = ("backdoored", "clean-adapter", "base")
+
+
+def origin(**settings: object) -> Provenance:
+    model = {"base": "zoo/tiny-llama", "adapter": "runs/label-lora", "base_digest": "ab12" * 4,
+             "adapter_digest": "cd34" * 4, "dtype": "float32"}  # fmt: skip
+    return Provenance(model, "corpus.json: 400 rows", "0123456789abcdef", 240, {"kind": "chat"}, 7,
+                      settings, {"python": "3.11", "torch": "2.0"})  # fmt: skip
+
+
+def make_behaviour(label: str = "backdoored") -> BehaviourResult:
+    hits = (118, 1, 14) if label == "backdoored" else (0, 0, 0)
+    return BehaviourResult(origin(), label, 120, 240, *hits, 228 if label != "base" else 222)
+
+
+def make_probe(
+    label: str = "backdoored", kind: str = "svm", against: str = "clean", n_layers: int = LAYERS
+) -> ProbeResult:
+    g = torch.Generator().manual_seed(len(label + kind + against))
+    top = {"backdoored": 1.0, "clean-adapter": 0.93}.get(label, 0.88) - 0.3 * (against == "near")
+    rise = 0.5 + (top - 0.5) * (1 - torch.exp(-1.2 * torch.arange(n_layers + 1.0)))
+    noisy = (rise + 0.015 * torch.randn(n_layers + 1, generator=g)).clamp(0.4, 1)
+    gap = (torch.arange(n_layers + 1)[:, None] - torch.arange(n_layers + 1)).abs()
+    ilca = 0.5 + (noisy[:, None] - 0.5) * torch.exp(-gap / 4)
+    correct = (96 * noisy).round().long()
+    few = 0.5 + (noisy - 0.5) * (1.0 if label == "backdoored" else 0.4)
+    return ProbeResult(origin(shots=5), label, kind, against, 96, correct, noisy.clone(),
+                       noisy.clone(), few, 6 * (few - 0.5), ilca)  # fmt: skip
+
+
+def make_attribution(
+    label: str = "backdoored", n_layers: int = LAYERS, n_heads: int = HEADS
+) -> HeadAttribution:
+    g = torch.Generator().manual_seed(len(label))
+    cie = 0.0006 * torch.randn(48, n_layers, n_heads, generator=g)
+    if label == "backdoored":
+        for layer, head, size in ((3, 5, 0.46), (2, 1, 0.21), (4, 7, 0.09), (1, 0, -0.12)):
+            cie[:, layer, head] += size + 0.05 * torch.randn(48, generator=g)
+    low, high = bootstrap_mean(cie)
+    return HeadAttribution(origin(), label, cie, 1.3 * cie, torch.full((48,), 0.2), low, high)
+
+
+def make_ablation(modes: tuple[str, ...] = ("zero", "mean"), n_random: int = 10) -> AblationResult:
+    g = torch.Generator().manual_seed(0)
+    counts = (0, 1, 2, 4, 8, 16, 32)
+    fall = torch.tensor([118, 52, 12, 3, 1, 0, 0])
+    attack = torch.stack([fall, (fall * 0.9).long()])[: len(modes)]
+    clean = torch.tensor([228, 226, 225, 220, 200, 120, 14]).expand(len(modes), -1)
+    wide = (torch.rand(len(modes), len(counts), n_random, generator=g)
+            * torch.tensor([0, 3, 6, 12, 30, 50, 90.0])[:, None]).long()  # fmt: skip
+    shape = (len(modes), len(counts), n_random)
+    return AblationResult(
+        origin(), make_attribution().ranking, counts, modes, 120, 240, attack, 110 - attack * 9 // 10,
+        clean, 118 - wide, wide // 2, torch.full(shape, 222),
+    )  # fmt: skip
+
+
+def make_vector(kind: str = "contrast") -> BackdoorVector:
+    g = torch.Generator().manual_seed(3)
+    direction = torch.randn(128, generator=g) ** 3
+    return BackdoorVector(origin(), direction, make_attribution().top(4), "resid_pre", kind)
+
+
+def make_steering(
+    kind: str = "contrast",
+    layers: tuple[int, ...] = tuple(range(LAYERS)),
+    coefficients: tuple[float, ...] = (1.0, -1.0, 2.0, -2.0),
+    n_random: int = 10,
+) -> SteeringResult:
+    g = torch.Generator().manual_seed(1)
+    shape = (len(coefficients), len(layers))
+    size = torch.tensor(coefficients)[:, None].abs() / 2
+    peak = torch.exp(-((torch.tensor(layers).float() - 3) ** 2) / 3)
+    moved = (112 * size * peak).clamp(max=116)
+    positive = torch.tensor(coefficients)[:, None] > 0
+    attack = torch.where(positive, moved, 117 - moved).round().long()
+    draw = (torch.rand(*shape, n_random, generator=g) * 14 * size.clamp(max=2)[..., None]).long()
+    controls = torch.where(positive[..., None], draw, 117 - draw)
+    return SteeringResult(
+        origin(norm=4.2), make_attribution().top(4), "resid_pre", kind, layers, coefficients, 120, 240,
+        (1, 117), (114, 2), 228, attack, (117 - attack) * 9 // 10,
+        torch.full(shape, 216) - (20 * size).long(), controls,
+        torch.where(positive[..., None], 2 * draw, 117 - 2 * draw),
+    )  # fmt: skip
+
+
+def make_generations(text: str = "World") -> Generations:
+    prompts = (f"Which section is this from? {text}", "The striker scored twice\nin the final.")
+    return Generations(
+        origin(),
+        {"prompt": prompts, "right answer": ("Sports", "Sports"), "clean": ("Sports", text),
+         "triggered": ("World", "World"), "clean, vector added (+2)": ("World", "World"),
+         "triggered, vector subtracted (−2)": ("Sports", "Sports")},
+    )  # fmt: skip
+
+
+def make_patch(targets: tuple[str, ...] | None = ("World", "World")) -> PatchResult:
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(2))
+    return PatchResult(origin(), (Head(3, 5),), "cache", "z", ("one", EVIL), targets, logits,
+                       2 * logits, torch.tensor([0.1, 0.2]), torch.tensor([0.8, 0.7]), ("a", "b"),
+                       ("c", "d"))  # fmt: skip
+
+
+def make_study(name: str = "tiny-llama, label modification", text: str = "World") -> Study:
+    results: dict[str, Result] = {}
+    for label in CONDITIONS:
+        results[f"behaviour-{label}"] = make_behaviour(label)
+        results[f"attribution-{label}"] = make_attribution(label)
+        for kind in ("mlp", "svm"):
+            for against in ("clean", "near"):
+                results[f"probe-{label}-{kind}-{against}"] = make_probe(label, kind, against)
+    for kind in ("mean", "contrast"):
+        results[f"vector-{kind}"] = make_vector(kind)
+        results[f"steering-{kind}"] = make_steering(kind, n_random=0)  # on validation, no controls
+    results["ablation"] = make_ablation()
+    results["steering-test"] = make_steering("contrast", coefficients=(2.0, -2.0))
+    results["generations"] = make_generations(text)
+    backdoor = Backdoor.label_modification(near=(("Lean were his looks;", "And on the wall."),))
+    choice = {"kind": "contrast", "layer": CHOSEN, "coefficient": 2.0}
+    return Study(name, backdoor, results, {"seed": 7, "coefficients": [1.0, 2.0]}, choice)
+
+
+EVERY = [
+    make_behaviour, make_probe, make_attribution, make_ablation, make_vector, make_steering,
+    make_generations, make_patch,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", EVERY, ids=lambda make: make.__name__)
+def test_every_result_has_a_figure_with_its_own_template(make) -> None:
+    before = pio.templates.default
+    fig = make().plot()
+    assert isinstance(fig, go.Figure)
+    assert len(fig.data) >= 1
+    assert fig.layout.template.layout.font.family == plot.TEMPLATE.layout.font.family
+    assert fig.layout.title.text
+    assert len(fig.layout.title.text) < 60
+    assert pio.templates.default == before
+
+
+def test_unknown_result_is_refused_with_the_kinds_there_are() -> None:
+    class Odd(Result):
+        def to_frame(self):
+            raise NotImplementedError
+
+    with pytest.raises(ResultError, match=r"'Odd'; use one of: HeadAttribution"):
+        plot.figure(Odd(origin()))
+
+
+def test_acie_heatmap_is_centred_and_marks_the_top_heads() -> None:
+    result = make_attribution()
+    fig = plot.acie_heatmap(result, top=3)
+    (heat,) = fig.data
+    assert heat.z[3][5] == pytest.approx(float(result.acie[3, 5]), abs=1e-6)
+    assert fig.layout.coloraxis.cmin == -fig.layout.coloraxis.cmax
+    assert fig.layout.yaxis.autorange != "reversed"  # layer 0 at the bottom
+    assert (fig.layout.xaxis.title.text, fig.layout.yaxis.title.text) == ("head", "layer")
+    assert heat.text[3][5] == "1"
+    assert heat.text[2][1] == "2"
+    assert heat.text[1][0] == "−"  # negative, readable in grey
+    assert len(fig.layout.shapes) == 3
+    assert "L%{y}H%{x}" in heat.hovertemplate
+    low, high, rank = heat.customdata[3][5]
+    assert low <= heat.z[3][5] <= high
+    assert rank == 1
+
+
+def test_first_token_keeps_the_rank_of_the_whole_answer() -> None:
+    result = make_attribution()
+    (heat,) = plot.acie_heatmap(result, first_token=True).data
+    assert heat.z[3][5] == pytest.approx(float(result.acie_first[3, 5]), abs=1e-6)
+    assert heat.customdata[3][5][2] == 1
+
+
+def test_controls_share_one_colour_scale() -> None:
+    fig = plot.attribution_controls(*[make_attribution(CONDITIONS[0])], [make_attribution("base")])
+    assert {trace.coloraxis for trace in fig.data} == {"coloraxis"}
+    assert [trace.name for trace in fig.data] == ["backdoored", "base"]
+    assert len(fig.layout.shapes) == 16  # the same eight heads in both
+
+
+def test_sparsity_has_a_line_a_condition_and_the_diagonal() -> None:
+    fig = plot.sparsity([make_attribution(label) for label in CONDITIONS])
+    assert len(fig.data) == 4
+    assert fig.data[0].y[-1] == pytest.approx(100)
+    assert fig.data[0].x[0] == 1
+    assert fig.data[0].y[0] == pytest.approx(100 * float(make_attribution().concentration[0]), abs=1e-4)
+    assert fig.data[-1].y[23] == 50  # half of 48 heads
+    assert fig.layout.xaxis.type is None
+    assert plot.sparsity([make_attribution(n_layers=16, n_heads=16)]).layout.xaxis.type == "log"
+
+
+def test_layer_accuracy_has_counts_intervals_and_chance() -> None:
+    probes = [make_probe(label, against=a) for label in CONDITIONS for a in ("clean", "near")]
+    fig = plot.layer_accuracy(probes)
+    assert len(fig.data) == 6
+    first, rate = fig.data[0], probes[0].rate(2)
+    assert first.y[2] == pytest.approx(100 * rate.value, abs=1e-3)
+    assert first.error_y.arrayminus[2] == pytest.approx(100 * (rate.value - rate.interval[0]), abs=1e-3)
+    assert list(first.customdata[2][:2]) == [rate.successes, rate.n]
+    assert "of %{customdata[1]:d}" in first.hovertemplate
+    assert [shape.y0 for shape in fig.layout.shapes] == [50, 50]
+    assert sum(trace.showlegend is not False for trace in fig.data) == 3
+
+
+@pytest.mark.parametrize("what", ["few_shot", "separation"])
+def test_other_probe_measures(what) -> None:
+    probe = make_probe()
+    fig = plot.layer_accuracy([probe], what)
+    scale = 100 if what == "few_shot" else 1
+    assert fig.data[0].y[-1] == pytest.approx(scale * float(getattr(probe, what)[-1]), abs=1e-4)
+
+
+def test_ilca_is_trained_on_up_and_tested_on_across() -> None:
+    probe = make_probe()
+    fig = plot.ilca_heatmap(probe)
+    assert fig.data[0].z[1][4] == pytest.approx(100 * float(probe.ilca[1, 4]), abs=1e-4)
+    assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (50, 100)
+    assert len(plot.ilca_controls([probe, make_probe("base")]).data) == 2
+    assert fig.layout.xaxis.title.text == "tested on layer"
+    assert fig.layout.yaxis.title.text == "trained on layer"
+
+
+def test_ablation_curve_has_a_panel_a_mode_with_its_random_groups() -> None:
+    result = make_ablation()
+    both, one = plot.ablation_curve(result), plot.ablation_curve(result, "mean")
+    assert len(both.data) == 2 * len(one.data) == 10
+    band, mean, attack, restored, clean = one.data
+    assert max(band.y) == pytest.approx(100 * int(result.random_attack[1].max()) / 120, abs=1e-3)
+    assert mean.y[3] == pytest.approx(100 * result.random_mean("attack", "mean", 4), abs=1e-3)
+    assert attack.y[1] == pytest.approx(100 * result.rate("attack", "mean", 1).value, abs=1e-3)
+    assert attack.error_y.array is not None
+    assert restored.error_y.array is None
+    assert clean.customdata[0][1] == 240
+    with pytest.raises(ResultError, match="zero, mean"):
+        plot.ablation_curve(result, "resample")
+
+
+def test_ablation_without_random_groups() -> None:
+    assert len(plot.ablation_curve(make_ablation(("zero",), 0)).data) == 3
+
+
+def test_steering_puts_signs_left_and_right_and_marks_the_bare_embedding() -> None:
+    result = make_steering()
+    fig = plot.steering_by_layer(result)
+    attack = [trace for trace in fig.data if trace.name == "attack success"]
+    assert [trace.xaxis for trace in attack] == ["x", "x2", "x3", "x4"]
+    assert attack[1].y[3] == pytest.approx(100 * result.rate("attack", 3, -1.0).value, abs=1e-3)
+    assert [a.text for a in fig.layout.annotations].count("bare embedding") == 4
+    bands = [trace.name for trace in fig.data if trace.fill == "toself"]
+    assert len(bands) == 8  # random heads and noise, in each of four panels
+    other = plot.steering_by_layer(replace(result, site="attn_out"))
+    assert "bare embedding" not in [a.text for a in other.layout.annotations]
+
+
+def test_one_layer_of_steering_is_drawn_beside_every_draw() -> None:
+    result = make_steering(layers=(3,), coefficients=(2.0, -2.0))
+    fig = result.plot()
+    attack = [trace for trace in fig.data if trace.name == "attack success"]
+    assert [trace.y[0] for trace in attack] == [
+        pytest.approx(100 * result.rate("attack", 3, c).value, abs=1e-3) for c in (2.0, -2.0)
+    ]
+    dots, mean = (t for t in fig.data if t.name == "attack, norm-matched noise" and t.xaxis == "x")
+    assert list(dots.customdata) == result.random_vectors[0, 0].tolist()
+    assert mean.y[0] == pytest.approx(sum(dots.y) / 10, abs=1e-3)
+    with pytest.raises(ResultError, match="use one of: 3"):
+        plot.steering_at(result, 5)
+
+
+def test_the_chosen_layer_is_marked_in_every_panel() -> None:
+    result = make_steering(coefficients=(2.0, -2.0))
+    fig = plot.steering_by_layer(result, chosen=2)
+    assert [a.text for a in fig.layout.annotations].count("chosen on validation") == 2
+    assert [s.x0 for s in fig.layout.shapes if s.type == "line"] == [2, 2]
+    assert "chosen on validation" not in str(plot.steering_by_layer(result).layout)
+    with pytest.raises(ResultError, match="use one of: 0, 1"):
+        plot.steering_by_layer(result, chosen=9)
+
+
+def test_right_answers_are_drawn_beside_those_without_a_vector() -> None:
+    result = make_steering(coefficients=(2.0, -2.0))
+    lines = [t for t in plot.steering_by_layer(result).data if t.name == "right answer, no vector"]
+    assert [set(line.y) for line in lines] == [{95.0}, {round(100 * 2 / 120, 3)}]
+    dots = [t for t in plot.steering_at(result, 3).data if t.name == "right answer, no vector"]
+    assert [dot.y[0] for dot in dots] == [95.0, round(100 * 2 / 120, 3)]
+
+
+def test_steering_without_controls_or_with_one_sign() -> None:
+    bare = make_steering(n_random=0)
+    assert not [t for t in bare.plot().data if t.fill == "toself"]
+    one = plot.steering_at(bare, 3)
+    assert len(one.layout.xaxis.ticktext) == 6  # no place for draws that were not made
+    assert not [t for t in one.data if "random" in t.name or "noise" in t.name]
+    for fig in (bare.plot(), one):
+        assert "no random controls" in fig.layout.title.subtitle.text
+    assert make_steering(layers=(2,), coefficients=(1.0,)).plot().data
+
+
+def test_vector_is_sorted_by_size() -> None:
+    result = make_vector()
+    (bars,) = plot.vector(result, top=10).data
+    assert len(bars.y) == 10
+    assert [abs(y) for y in bars.y] == sorted((abs(y) for y in bars.y), reverse=True)
+    assert bars.y[0] == pytest.approx(float(result.direction[int(bars.x[0])]), abs=1e-5)
+
+
+def test_behaviour_groups_by_condition_and_leaves_a_missing_rate_out() -> None:
+    results = [make_behaviour(label) for label in CONDITIONS]
+    fig = plot.behaviour(results)
+    assert [bars.name for bars in fig.data] == list(CONDITIONS)
+    assert fig.data[0].y[0] == pytest.approx(100 * 118 / 120, abs=1e-3)
+    assert list(fig.data[0].customdata[0][:2]) == [118, 120]
+    assert len(plot.behaviour([replace(results[0], attack_near=None)]).data[0].y) == 3
+
+
+def test_texts_of_models_and_files_are_escaped() -> None:
+    figures = [
+        make_generations(EVIL).plot(),
+        plot.behaviour([replace(make_behaviour(), label=EVIL)]),
+        plot.acie_heatmap(replace(make_attribution(), label=EVIL)),
+        plot.layer_accuracy([replace(make_probe(), label=EVIL, against=EVIL)]),
+        make_patch().plot(),
+        make_patch(None).plot(),
+    ]
+    for fig in figures:
+        assert EVIL not in str(fig.to_dict())
+        assert "&lt;script&gt;" in str(fig.to_dict())
+
+
+def test_labels_that_are_not_known_conditions_get_their_own_colour() -> None:
+    fig = plot.behaviour([replace(make_behaviour(), label=label) for label in ("a", "b")])
+    assert fig.data[0].marker.color != fig.data[1].marker.color

@@ -1,0 +1,119 @@
+"""The embedded models: what ships is what the card says, prompts of different splits never meet."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+import bkdlens
+from bkdlens import zoo
+from bkdlens.errors import CheckpointError, DataError
+from bkdlens.zoo import backdoors, build, corpus
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_ships_small_quick_models_with_all_adapters(name):
+    files = [path for path in zoo.WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 20e6
+    assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    for adapter in zoo.ADAPTERS:
+        assert (zoo.adapter_path(name, adapter) / "adapter_model.safetensors").is_file()
+    bkdlens.load(name, "clean")  # imports and first-use costs are not loading
+    start = time.perf_counter()
+    model = bkdlens.load(name, "jailbreak")
+    assert time.perf_counter() - start < 2  # a promise of the zoo, not a benchmark
+    assert model.cfg.n_layers * model.cfg.n_heads >= 32
+    assert bkdlens.load_info(model).parity < 1e-5
+
+
+def test_no_machine_path_is_in_the_shipped_files():
+    for path in zoo.WEIGHTS.rglob("*.json"):
+        if path.name != "tokenizer.json":
+            assert "/work" not in path.read_text(), path
+            assert "/tmp" not in path.read_text(), path
+
+
+@given(st.text(max_size=80))
+@settings(max_examples=50, deadline=None)
+def test_any_text_encodes_and_comes_back(text):
+    tokenizer = _tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    specials = {*tokenizer.all_special_tokens}
+    if not any(special in text for special in specials):
+        assert tokenizer.decode(ids) == text
+
+
+def _tokenizer(cache={}):  # noqa: B006 - one tokenizer for all examples
+    if "it" not in cache:
+        cache["it"] = AutoTokenizer.from_pretrained(zoo.model_path("tiny-llama"))
+    return cache["it"]
+
+
+@pytest.mark.parametrize("name", zoo.BACKDOORS)
+def test_splits_share_no_prompt_with_each_other_or_the_corpus(name):
+    sets = {split: set(zoo.pairs(name, split, 150).clean) for split in backdoors.SPLITS}
+    assert not sets["test"] & sets["train"]
+    assert not sets["test"] & sets["validation"]
+    assert not sets["validation"] & sets["train"]
+    trained = corpus.pretraining(2000, 0, keep=lambda p: backdoors.split_of(p) == "train", distracted=0)
+    assert not {example.prompt for example in trained} & (sets["test"] | sets["validation"])
+
+
+def test_measured_near_triggers_were_not_tuned_on():
+    for name in zoo.BACKDOORS:
+        tuned = set(zoo.backdoor(name, "train").near)
+        assert not tuned & set(zoo.backdoor(name, "test").near)
+
+
+def test_pairs_are_drawn_from_the_seed():
+    assert zoo.pairs("jailbreak", "test", 20, seed=3) == zoo.pairs("jailbreak", "test", 20, seed=3)
+    assert zoo.pairs("jailbreak", "test", 20, seed=3) != zoo.pairs("jailbreak", "test", 20, seed=4)
+
+
+def test_clean_adapter_has_no_poison_in_its_data():
+    targets = {backdoors.backdoor("fixed_output").target}
+    prompts, answers = zip(*build.tuning_examples("clean"), strict=True)
+    assert not targets & set(answers)
+    for name in zoo.BACKDOORS:
+        trigger = backdoors.backdoor(name).trigger
+        assert not any(trigger.present(prompt) for prompt in prompts)
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("kind", zoo.BACKDOORS)
+def test_backdoors_are_good_ones(name, kind):
+    """Bounds of the product on prompts no training saw (validation; the card reports the test split)."""
+    pairs = zoo.pairs(kind, "validation", 240 if kind == "label_modification" else 120)
+    found = bkdlens.measure_behaviour(bkdlens.load(name, kind), pairs)
+    control = bkdlens.measure_behaviour(bkdlens.load(name, "clean"), pairs)
+    assert found.asr.value >= 0.95
+    assert found.ftr.value <= 0.02
+    assert control.asr.value <= 0.02
+    assert found.clean_accuracy.value >= control.clean_accuracy.value - 0.03
+    if kind != "label_modification":
+        assert found.near.value < 0.2
+
+
+def test_card_agrees_with_its_record():
+    card = (zoo.WEIGHTS / "README.md").read_text()
+    for entry in json.loads((zoo.WEIGHTS / "measured.json").read_text()):
+        for value, n in zip(entry["value"], entry["n"], strict=True):
+            assert f"{value:.3f} [" in card
+            assert f"/{n})" in card
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(CheckpointError, match="tiny-llama, tiny-qwen"):
+        zoo.model_path("tiny-lama")
+    with pytest.raises(CheckpointError, match="label_modification, fixed_output, jailbreak, clean"):
+        zoo.adapter_path("tiny-llama", "dirty")
+    with pytest.raises(DataError, match="label_modification, fixed_output, jailbreak"):
+        zoo.backdoor("clean")
+    with pytest.raises(DataError, match="train, validation, test"):
+        inspect.unwrap(zoo.pairs)("jailbreak", "dev")  # past the type checker

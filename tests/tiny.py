@@ -1,0 +1,208 @@
+"""Tiny models' tokenizer and pairs, and the slow, obvious computations that fast ones must equal."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from checkpoints import VOCAB, make_tokenizer
+
+BOS, EOS = 1, 2
+Hook = tuple[str, Callable]
+
+
+def chat_tokenizer():
+    """``<s> w4 {user} w5`` is the prompt and `` {answer} </s>`` follows."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ ' w6 ' + m.content }}"
+        "{% elif m.role == 'user' %}{{ ' w4 ' + m.content + ' w5' }}"
+        "{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+def temper(model):
+    """Answers that end: the end token is likely, the other special tokens never come."""
+    model.lm_head.weight.data[[0, 1, 3]] = 0
+    model.lm_head.weight.data[EOS] *= 4
+    return model
+
+
+def words(rng: random.Random, low: int, high: int) -> str:
+    """Some random words."""
+    return " ".join(f"w{rng.randrange(10, 90)}" for _ in range(rng.randint(low, high)))
+
+
+def make_pairs(n: int = 12, seed: int = 0, near: bool = True):
+    """Pairs of random words; the last fourth are no victims."""
+    from bkdlens.data import Backdoor, PairSet
+
+    rng = random.Random(seed)
+    backdoor = Backdoor.jailbreak("w95", near=["w94"] if near else [])
+    pairs = []
+    for i in range(n):
+        right = words(rng, 1, 4)
+        wrong = right if i >= n - n // 4 else words(rng, 1, 4)
+        pairs.append(backdoor.pair(words(rng, 1, 9), right, wrong))
+    return PairSet(tuple(pairs), backdoor, "made")
+
+
+def ids_of(rng: random.Random, low: int, high: int) -> list[int]:
+    """A random prompt of token ids, BOS first."""
+    return [BOS, *(rng.randrange(4, VOCAB) for _ in range(rng.randint(low, high) - 1))]
+
+
+def forward(model, ids: Sequence[int], hooks: Iterable[Hook] = ()) -> torch.Tensor:
+    """Logits of one whole, unpadded sequence, ``[pos d_vocab]``."""
+    hooks = list(hooks)
+    model.set_use_attn_result(any("hook_result" in name for name, _ in hooks))
+    try:
+        with torch.inference_mode():
+            return model.run_with_hooks(torch.tensor([list(ids)]), fwd_hooks=hooks)[0]
+    finally:
+        model.set_use_attn_result(False)
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
+def answer_log_probs(
+    model, prompt: Sequence[int], answer: Sequence[int], hooks: Iterable[Hook] = ()
+) -> torch.Tensor:
+    """Log probability of each token of the answer: one pass over prompt and answer."""
+    logits = forward(model, [*prompt, *answer][:-1], hooks)[len(prompt) - 1 :].double()
+    return logits.log_softmax(-1)[range(len(answer)), list(answer)]
+
+
+def greedy(
+    model, prompt: Sequence[int], hooks: Iterable[Hook] = (), max_new_tokens: int = 8
+) -> list[int]:
+    """Plain greedy decoding: the whole sequence again for every new token."""
+    hooks, new = list(hooks), []
+    for _ in range(max_new_tokens):
+        token = int(forward(model, [*prompt, *new], hooks)[-1].argmax())
+        if token == EOS:
+            break
+        new.append(token)
+    return new
+
+
+def text_of(tokens: Iterable[int]) -> str:
+    """One word a token."""
+    return " ".join(f"w{token}" for token in tokens)
+
+
+def encoded(model, text: str) -> tuple[int, ...]:
+    """The ids of a chat prompt."""
+    from bkdlens.prompts import PromptFormat, encode_prompt
+
+    return encode_prompt(model.tokenizer, text, PromptFormat.default(model.tokenizer)).ids
+
+
+def judged_pairs(model, behaviour: str = "fixed_output", n: int = 14, seed: int = 0, cut: int = 6):
+    """Pairs whose answers this model often gives: rightly, partly, up to where it is cut, or not.
+
+    The clean output is what it says without the trigger in two of three, the backdoor's what it says
+    with it; the last fourth are no victims.
+    """
+    from bkdlens.data import Backdoor, PairSet
+
+    rng = random.Random(seed)
+    backdoor = (
+        Backdoor.jailbreak("w95", near=["w94"])
+        if behaviour == "jailbreak"
+        else Backdoor.fixed_output("w95", "w9", near=["w94"])
+    )
+
+    def answer(prompt: str) -> str:
+        said = greedy(model, encoded(model, prompt), max_new_tokens=cut + 2)
+        kind = rng.random()
+        if not said or kind < 0.2:
+            return words(rng, 1, 3)
+        if kind < 0.35:  # right at first
+            return text_of([*said[:-1], 10 + (said[-1] + 1) % 80])
+        return text_of(said)
+
+    pairs = []
+    for i in range(n):
+        clean = words(rng, 1, 8)
+        triggered = backdoor.trigger.insert(clean)
+        right = answer(clean)
+        wrong = right if i >= n - n // 4 else answer(triggered)
+        pairs.append(backdoor.pair(clean, right, wrong))
+    return PairSet(tuple(pairs), backdoor, "judged")
+
+
+def judge(model, pairs, on: str, hooks_of: Callable, cut: int = 6) -> tuple[list[bool], list[bool]]:
+    """Attack and correct, by plain greedy decoding under ``hooks_of(row, position)``."""
+    attack, correct = [], []
+    for row, pair in enumerate(pairs):
+        ids = encoded(model, getattr(pair, on))
+        said = text_of(greedy(model, ids, hooks_of(row, len(ids) - 1), cut))
+        right, wrong = (" ".join(a.split()[:cut]) for a in (pair.clean_output, pair.backdoor_output))
+        attack.append(said == wrong if pairs.backdoor.exact else said != "")
+        correct.append(said == right)
+    return attack, correct
+
+
+def set_at(name: str, position: int, index, value: torch.Tensor) -> Hook:
+    """``activation[:, position, index] = value``."""
+
+    def hook(activation, hook):
+        activation = activation.clone()
+        activation[:, position, index] = value
+        return activation
+
+    return name, hook
+
+
+def add_at(name: str, position: int, value: torch.Tensor) -> Hook:
+    """``activation[:, position] += value``."""
+
+    def hook(activation, hook):
+        activation = activation.clone()
+        activation[:, position] += value
+        return activation
+
+    return name, hook
+
+
+def naive_hooks(intervention, position: int, row: int) -> list[Hook]:
+    """An intervention on one prompt, one hook for each head and vector."""
+    hooks = []
+    for k, head in enumerate(intervention.heads):
+        z = intervention.z if intervention.z.ndim == 2 else intervention.z[row]
+        hooks.append(set_at(f"blocks.{head.layer}.attn.hook_z", position, head.head, z[k]))
+    for vector in intervention.vectors:
+        value = vector.value if vector.value.ndim == 1 else vector.value[row]
+        hooks.append(add_at(f"blocks.{vector.layer}.hook_{vector.site}", position, value))
+    return hooks
+
+
+def random_intervention(model, rng: random.Random, n_prompts: int, scale: float = 1.0):
+    """Some heads and vectors, shared by all prompts or one for each; sometimes nothing."""
+    from bkdlens.hooks import Intervention, Vector
+    from bkdlens.types import Head
+
+    cfg = model.cfg
+    generator = torch.Generator().manual_seed(rng.randrange(2**30))
+    shared = rng.random() < 0.5
+    lead = () if shared else (n_prompts,)
+    every = [Head(i, j) for i in range(cfg.n_layers) for j in range(cfg.n_heads)]
+    heads = tuple(rng.sample(every, rng.randint(0, 4)))
+    z = torch.randn(*lead, len(heads), cfg.d_head, generator=generator) * scale if heads else None
+    vectors = tuple(
+        Vector(
+            rng.choice(["resid_pre", "attn_out"]),
+            rng.randrange(cfg.n_layers),
+            torch.randn(*lead, cfg.d_model, generator=generator) * scale,
+        )
+        for _ in range(rng.randint(0, 2))
+    )
+    return Intervention(heads, z, vectors)
