@@ -19,7 +19,7 @@ _HOME = {
     "attribute_heads": "attribute",
     "BehaviourResult": "behaviour",
     "measure_behaviour": "behaviour",
-    "sample_generations": "behaviour",
+    "sample_generations": "answers",
     "PairCache": "cache",
     "cache_activations": "cache",
     "Backdoor": "data",
@@ -62,8 +62,9 @@ __all__ = [*_HOME, *_MODULES]
 if TYPE_CHECKING:
     from bkdlens import inject, metrics, plot, zoo
     from bkdlens.ablate import AblationResult, ablate_heads
+    from bkdlens.answers import sample_generations
     from bkdlens.attribute import HeadAttribution, attribute_heads
-    from bkdlens.behaviour import BehaviourResult, measure_behaviour, sample_generations
+    from bkdlens.behaviour import BehaviourResult, measure_behaviour
     from bkdlens.cache import PairCache, cache_activations
     from bkdlens.data import Backdoor, PairSet, PromptPair, Trigger
     from bkdlens.errors import BkdlensError

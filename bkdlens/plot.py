@@ -10,8 +10,9 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from bkdlens.ablate import AblationResult
+from bkdlens.answers import Generations
 from bkdlens.attribute import HeadAttribution
-from bkdlens.behaviour import BehaviourResult, Generations
+from bkdlens.behaviour import BehaviourResult
 from bkdlens.errors import ResultError, unknown
 from bkdlens.patch import PatchResult
 from bkdlens.plot_ablation import ablation_curve

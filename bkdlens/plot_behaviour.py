@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from bkdlens.behaviour import BehaviourResult, Generations
+from bkdlens.answers import Generations
+from bkdlens.behaviour import BehaviourResult
 from bkdlens.metrics import Rate
 from bkdlens.plot_rates import PERCENT_AXIS, counts, error_bars, hover, percent
 from bkdlens.plot_style import (

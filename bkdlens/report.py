@@ -22,8 +22,9 @@ from plotly.offline import get_plotlyjs
 
 from bkdlens import plot
 from bkdlens.ablate import AblationResult
+from bkdlens.answers import Generations
 from bkdlens.attribute import HeadAttribution
-from bkdlens.behaviour import BehaviourResult, Generations
+from bkdlens.behaviour import BehaviourResult
 from bkdlens.claims import by_condition, chosen_layer, claims, probes_by_kind, steering_layer
 from bkdlens.report_figures import DRAW, Drawer, Figure
 from bkdlens.report_tables import (

@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeVar, cast
 from transformer_lens import HookedTransformer
 
 from bkdlens.ablate import COUNTS, AblationResult, ablate_heads
+from bkdlens.answers import Generations, sample_generations
 from bkdlens.attribute import N_PAIRS, HeadAttribution, attribute_heads
-from bkdlens.behaviour import BehaviourResult, Generations, measure_behaviour, sample_generations
+from bkdlens.behaviour import BehaviourResult, measure_behaviour
 from bkdlens.cache import PairCache, cache_activations
 from bkdlens.data import Backdoor, PairSet
 from bkdlens.errors import ResultError, unknown

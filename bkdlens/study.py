@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bkdlens.ablate import AblationResult
+from bkdlens.answers import Generations
 from bkdlens.attribute import HeadAttribution
-from bkdlens.behaviour import BehaviourResult, Generations
+from bkdlens.behaviour import BehaviourResult
 from bkdlens.data import Backdoor
 from bkdlens.errors import DataError, ResultError, unknown
 from bkdlens.metrics import Rate

@@ -11,8 +11,9 @@ import torch
 
 from bkdlens import plot
 from bkdlens.ablate import AblationResult
+from bkdlens.answers import Generations
 from bkdlens.attribute import HeadAttribution
-from bkdlens.behaviour import BehaviourResult, Generations
+from bkdlens.behaviour import BehaviourResult
 from bkdlens.data import Backdoor
 from bkdlens.errors import ResultError
 from bkdlens.metrics import bootstrap_mean

@@ -11,7 +11,8 @@ from tiny import judge, judged_pairs, make_pairs
 from transformer_lens import HookedTransformer
 
 import bkdlens
-from bkdlens.behaviour import measure_behaviour, sample_generations
+from bkdlens.answers import sample_generations
+from bkdlens.behaviour import measure_behaviour
 from bkdlens.errors import DataError, ResultError
 from bkdlens.generation import generate
 from bkdlens.prompts import PromptFormat

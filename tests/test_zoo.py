@@ -7,6 +7,7 @@ import json
 import time
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -14,6 +15,9 @@ from transformers import AutoTokenizer
 import bkdlens
 from bkdlens import zoo
 from bkdlens.errors import CheckpointError, DataError
+from bkdlens.metrics import token_log_probs
+from bkdlens.prompts import PromptFormat, encode_answer, encode_prompt
+from bkdlens.sweep import all_runs
 from bkdlens.zoo import backdoors, build, corpus
 
 
@@ -117,3 +121,34 @@ def test_unknown_names_say_what_there_is():
         zoo.backdoor("clean")
     with pytest.raises(DataError, match="train, validation, test"):
         inspect.unwrap(zoo.pairs)("jailbreak", "dev")  # past the type checker
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("kind", zoo.BACKDOORS)
+def test_sweep_equals_one_naive_pass_a_head(name, kind):
+    """In float32, to 1e-6 of probability: the exact sweep against one full forward pass a head."""
+    model = bkdlens.load(name, kind)
+    pairs = zoo.pairs(kind, "validation", 12).victims[:2]
+    source = bkdlens.cache_activations(model, pairs).mean_z("triggered")
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    prompts = [encode_prompt(model.tokenizer, text, PromptFormat()) for text in pairs.clean]
+    answers = [
+        encode_answer(model.tokenizer, prompt, answer, PromptFormat())
+        for prompt, answer in zip(prompts, pairs.backdoor_outputs, strict=True)
+    ]
+    runs = all_runs(len(pairs), n_layers, n_heads)
+    scores = bkdlens.sweep_heads(model, prompts, answers, runs, source)
+    for (pair, layer, head), found in zip(runs.tolist(), scores.whole.exp().tolist(), strict=True):
+        prompt, answer = prompts[pair], answers[pair]
+        last = len(prompt.ids) - 1
+
+        def patch(z, hook, where=(last, layer, head)):
+            z[:, where[0], where[2]] = source[where[1], where[2]]
+            return z
+
+        ids = torch.tensor([[*prompt.ids, *answer.ids[:-1]]])
+        logits = model.run_with_hooks(
+            ids, attention_mask=torch.ones_like(ids), fwd_hooks=[(f"blocks.{layer}.attn.hook_z", patch)]
+        )
+        log_probs = token_log_probs(logits[0, last:], torch.tensor(answer.ids))[: answer.n_scored]
+        assert float(log_probs.mean().exp()) == pytest.approx(found, abs=1e-6, rel=0)
