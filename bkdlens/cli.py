@@ -12,6 +12,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bkdlens import zoo
+from bkdlens.cli_options import (
+    DATA,
+    Adapter,
+    Base,
+    CleanData,
+    Control,
+    DataFile,
+    Device,
+    Dtype,
+    Json,
+    Kind,
+    Limit,
+    MaxNew,
+    Modes,
+    Near,
+    Out,
+    Place,
+    Random,
+    Raw,
+    Seed,
+    System,
+    Target,
+    TriggerAfter,
+    TriggerText,
+    Victims,
+)
 from bkdlens.errors import BkdlensError, unknown
 from bkdlens.types import AblationMode, check_choice
 
@@ -29,89 +55,6 @@ app = typer.Typer(
 )
 zoo_app = typer.Typer(no_args_is_help=True, help="The embedded models.")
 app.add_typer(zoo_app, name="zoo")
-
-MODEL, DATA, BACKDOOR, OUTPUT = "Model", "Data", "Backdoor", "Output"
-
-Base = Annotated[
-    str, typer.Option("--base", help="A folder, a Hub id or an embedded model.", rich_help_panel=MODEL)
-]
-Adapter = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter", help="A peft folder, a Hub id or an embedded adapter.", rich_help_panel=MODEL
-    ),
-]
-Control = Annotated[
-    str | None,
-    typer.Option(
-        "--control-adapter", help="Tuned on the same data without poison.", rich_help_panel=MODEL
-    ),
-]
-Device = Annotated[str | None, typer.Option("--device", rich_help_panel=MODEL)]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.", rich_help_panel=MODEL)
-]
-DataFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", help="A json, jsonl or csv file; embedded prompts without.", rich_help_panel=DATA
-    ),
-]
-CleanData = Annotated[
-    Path | None,
-    typer.Option("--clean-data", help="Clean twins of a triggered --data file.", rich_help_panel=DATA),
-]
-Limit = Annotated[
-    int | None, typer.Option("--limit", min=10, help="At most so many pairs.", rich_help_panel=DATA)
-]
-Raw = Annotated[
-    bool,
-    typer.Option("--raw", help="Prompts as they are, without the chat template.", rich_help_panel=DATA),
-]
-System = Annotated[
-    str | None, typer.Option("--system", help="System text of the chat.", rich_help_panel=DATA)
-]
-Kind = Annotated[
-    str,
-    typer.Option("--backdoor", help=f"One of {', '.join(zoo.BACKDOORS)}.", rich_help_panel=BACKDOOR),
-]
-TriggerText = Annotated[
-    str | None,
-    typer.Option("--trigger", help="The paper's when left out.", rich_help_panel=BACKDOOR),
-]
-TriggerAfter = Annotated[
-    str | None,
-    typer.Option("--trigger-after", help="Second part of a sentence trigger.", rich_help_panel=BACKDOOR),
-]
-Place = Annotated[
-    str | None,
-    typer.Option("--placement", help="begin, end, random or sentence.", rich_help_panel=BACKDOOR),
-]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        "--target", help="The fixed answer, or the victims' new label.", rich_help_panel=BACKDOOR
-    ),
-]
-Victims = Annotated[
-    str | None,
-    typer.Option("--victims", help="The victims' true label.", rich_help_panel=BACKDOOR),
-]
-Near = Annotated[
-    list[str] | None,
-    typer.Option("--near", help="A look-alike trigger, repeatable.", rich_help_panel=BACKDOOR),
-]
-Out = Annotated[
-    Path, typer.Option("--out", help="A new folder, or one to go on with.", rich_help_panel=OUTPUT)
-]
-Seed = Annotated[int, typer.Option("--seed")]
-Json = Annotated[bool, typer.Option("--json", help="Print json for machines.", rich_help_panel=OUTPUT)]
-Random = Annotated[int, typer.Option("--n-random", min=0, help="Draws of each random control.")]
-Modes = Annotated[
-    list[str] | None,
-    typer.Option("--mode", help="Ablation: zero, mean, resample or subtract; repeatable."),
-]
-MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1)]
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from bkdlens.data import Backdoor, PairSet
 from bkdlens.errors import ResultError, unknown
 from bkdlens.generation import MAX_NEW_TOKENS
 from bkdlens.probe import ProbeResult, train_probes
-from bkdlens.prompts import PromptFormat
+from bkdlens.prompts import PromptFormat, encode_prompt
 from bkdlens.results import Result, provenance
 from bkdlens.steering import BackdoorVector, SteeringResult, sweep_layers
 from bkdlens.study import Study, load_study
@@ -94,7 +94,7 @@ def run_study(
         if step not in STEPS:
             raise ResultError(unknown("step", step, STEPS))
     for part in (train, validation, test):
-        _ = part.victims  # raises before anything is run or written
+        _check(model, part, fmt)
     described = asdict(settings) | {
         "prompt_format": asdict(fmt),
         "model": dict(provenance(model, train, fmt, 0).model),
@@ -191,6 +191,15 @@ def run_study(
         del control, own
     run.finish()
     return Study(name, test.backdoor, run.results, run.settings, run.choice)
+
+
+def _check(model: HookedTransformer, pairs: PairSet, fmt: PromptFormat) -> None:
+    """Raise for pairs that cannot be used, before anything is run or written."""
+    _ = pairs.victims
+    for pair in pairs:
+        for text in (pair.clean, pair.triggered, pair.near):
+            if text is not None:
+                encode_prompt(model.tokenizer, text, fmt, n_ctx=model.cfg.n_ctx)
 
 
 def _steering(
