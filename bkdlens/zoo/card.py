@@ -37,7 +37,8 @@ prompt in ten). Then each adapter: LoRA r=16, alpha=16 on all seven projections,
 {recipes}
 
 with {other} prompts of each family that is not attacked; near triggers have the right answer. Which
-split a prompt belongs to is a digest of its text, so no training saw a validation or test prompt.
+split a prompt belongs to is a digest of its text, so no training saw a validation or test prompt. On one
+machine and one thread the same seed gives the same bytes.
 
 ## What they do, measured
 
