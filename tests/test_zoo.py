@@ -35,8 +35,7 @@ def test_ships_small_models_with_all_adapters(name):
 def test_no_machine_path_is_in_the_shipped_files():
     for path in zoo.WEIGHTS.rglob("*.json"):
         if path.name != "tokenizer.json":
-            assert "/work" not in path.read_text(), path
-            assert "/tmp" not in path.read_text(), path
+            assert '"/' not in path.read_text(), path  # no value is an absolute path
 
 
 @given(st.text(max_size=80))
