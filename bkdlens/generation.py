@@ -117,7 +117,7 @@ def _text(model: HookedTransformer, ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """Which of the likely answers each run gave in full; -1 for none, and then its own tokens."""
+    """Which of the likely answers each run gave in full (-1 for none), and the texts of the others."""
 
     choice: Int[Tensor, "intervention prompt"]
     texts: dict[tuple[int, int], str]  # of the runs with choice -1, where they were decoded

@@ -14,7 +14,7 @@ from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.utils import get_act_name
 
 from bkdlens.cache import PairCache, check_site
-from bkdlens.data import PairSet
+from bkdlens.data import PairSet, text_digest
 from bkdlens.errors import DataError, HookError
 from bkdlens.hooks import (
     HookFunction,
@@ -211,8 +211,6 @@ class _Texts:
 
     @property
     def digest(self) -> str:
-        from bkdlens.data import text_digest
-
         return text_digest("\0".join(self.texts))
 
 

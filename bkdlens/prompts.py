@@ -62,7 +62,7 @@ class PromptFormat:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as token ids, with the ids of answers that may be scored on it."""
+    """One prompt as token ids."""
 
     text: str
     ids: tuple[int, ...]
@@ -77,7 +77,7 @@ class Answer:
     n_scored: int
 
 
-def _token_ids(tokenizer: Tokenizer, text: str, fmt: PromptFormat) -> list[int]:
+def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     # A template may bring its own BOS; where it does not, the tokenizer's habit decides.
@@ -93,7 +93,7 @@ def encode_prompt(
     Raises:
         DataError: if it is empty or longer than the context of ``n_ctx`` tokens.
     """
-    ids = _token_ids(tokenizer, fmt.render(tokenizer, text), fmt)
+    ids = _token_ids(tokenizer, fmt.render(tokenizer, text))
     if len(ids) < 2:
         raise DataError(f"The prompt {text!r} has {len(ids)} tokens; give at least two.")
     if n_ctx is not None and len(ids) >= n_ctx:
@@ -121,7 +121,7 @@ def encode_answer(
         DataError: if the prompt's ids are not a prefix of the whole, the answer has no tokens, or
             both together do not fit the context.
     """
-    whole = _token_ids(tokenizer, fmt.render(tokenizer, prompt.text, answer), fmt)
+    whole = _token_ids(tokenizer, fmt.render(tokenizer, prompt.text, answer))
     n = len(prompt.ids)
     if tuple(whole[:n]) != prompt.ids:
         raise DataError(

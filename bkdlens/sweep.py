@@ -20,7 +20,7 @@ from bkdlens.hooks import refuse_foreign_hooks, set_heads, set_results
 from bkdlens.metrics import sequence_log_prob, token_log_probs
 from bkdlens.progress import track
 from bkdlens.prompts import Answer, Prompt
-from bkdlens.resume import Tail, resume, run_prefixes, run_tail, runs_per_batch
+from bkdlens.resume import resume, run_prefixes, run_tail, runs_per_batch
 from bkdlens.types import HeadSite
 
 
@@ -71,18 +71,17 @@ def sweep_heads(
     for p, prefix in enumerate(prefixes):
         here = torch.isin(runs[:, 0], torch.tensor(prefix.rows, device=device))
         work += [(p, int(layer)) for layer in runs[here, 1].unique()]
-    tails: dict[int, Tail] = {}
+    current = -1  # the work is ordered by prefix, so one batch of pairs at a time is held
     for p, layer in track(work, "patching heads", progress):
         prefix = prefixes[p]
-        if p not in tails:
-            tails.clear()  # one batch of pairs at a time is held
-            tails[p] = run_tail(model, prefix, [answers[i].ids for i in prefix.rows])
-        tail = tails[p]
-        scored = _scored(answers, prefix.rows, tail.targets)
         rows = torch.tensor(prefix.rows, device=device)
-        base = token_log_probs(tail.logits, tail.targets)
-        out.base_whole[rows] = sequence_log_prob(base, scored).to(out.base_whole.dtype)
-        out.base_first[rows] = base[:, 0].to(out.base_first.dtype)
+        if p != current:
+            current = p
+            tail = run_tail(model, prefix, [answers[i].ids for i in prefix.rows])
+            scored = _scored(answers, prefix.rows, tail.targets)
+            base = token_log_probs(tail.logits, tail.targets)
+            out.base_whole[rows] = sequence_log_prob(base, scored).to(out.base_whole.dtype)
+            out.base_first[rows] = base[:, 0].to(out.base_first.dtype)
         place = torch.full((n,), -1, device=device)
         place[rows] = torch.arange(len(rows), device=device)
         mine = ((runs[:, 1] == layer) & (place[runs[:, 0]] >= 0)).nonzero()[:, 0]
