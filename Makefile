@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONHASHSEED := 0
 
-.PHONY: demo test lint format notebooks clean
+.PHONY: demo test lint format notebooks bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,6 +25,15 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# About half an hour on one core; `python -m benchmarks.gpu_7b` is for a GPU.
+bench: .venv/benchmarks
+	$(BIN)/python -m benchmarks.atp_study
+	$(BIN)/python -m benchmarks
+
+.venv/benchmarks: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	touch $@
 
 notebooks: .venv/installed
 	$(BIN)/python notebooks/execute.py

@@ -52,7 +52,8 @@ _HOME = {
     "load_result": "study",
     "load_study": "study",
     "run_study": "run",
-    "sweep_heads": "sweep",
+    "Patch": "hooks",
+    "sweep_patches": "sweep",
     "Head": "types",
 }
 _MODULES = ("inject", "metrics", "plot", "zoo")
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
     from bkdlens.data import Backdoor, PairSet, PromptPair, Trigger
     from bkdlens.errors import BkdlensError
     from bkdlens.generation import decode, evaluate, generate
-    from bkdlens.hooks import Intervention, Vector
+    from bkdlens.hooks import Intervention, Patch, Vector
     from bkdlens.loading import load, load_info
     from bkdlens.metrics import Rate
     from bkdlens.patch import PatchResult, patch_heads, patched_heads
@@ -80,7 +81,7 @@ if TYPE_CHECKING:
     from bkdlens.run import StudySettings, run_study
     from bkdlens.steering import BackdoorVector, SteeringResult, steer, sweep_layers
     from bkdlens.study import Study, load_result, load_study
-    from bkdlens.sweep import sweep_heads
+    from bkdlens.sweep import sweep_patches
     from bkdlens.types import Head
 
 

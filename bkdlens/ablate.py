@@ -100,7 +100,7 @@ def ablate_heads(
     n_random: int = 10,
     fmt: PromptFormat | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int | None = None,
+    memory_gb: float | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> AblationResult:
@@ -120,7 +120,7 @@ def ablate_heads(
         n_random: groups of as many heads, drawn from all, for each count and mode.
         fmt: how a prompt is rendered; the cache's, or the chat template.
         max_new_tokens: where a decoded answer is cut.
-        batch_size: runs at once; chosen from memory for None.
+        memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU).
         seed: of the random groups and samples.
         progress: whether to show a progress bar.
 
@@ -159,7 +159,7 @@ def ablate_heads(
         interventions = [values.intervention(mode, chosen) for mode, _, chosen in cells]
         outcomes[on] = evaluate(
             model, measured, interventions, on=on, only_correct=on == "clean", fmt=fmt,
-            max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
+            max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress,
         )  # fmt: skip
     triggered = outcomes["triggered"]
     sums = {

@@ -83,6 +83,7 @@ def measure_behaviour(
     label: str = "backdoored",
     fmt: PromptFormat | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    memory_gb: float | None = None,
     progress: bool = False,
 ) -> BehaviourResult:
     """Attack success with, without and with a near trigger, and clean accuracy, by greedy decoding.
@@ -93,6 +94,7 @@ def measure_behaviour(
         label: names the model in tables.
         fmt: how a prompt is rendered; the chat template where there is one.
         max_new_tokens: where a decoded answer is cut.
+        memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU).
         progress: whether to show a progress bar.
 
     Raises:
@@ -103,10 +105,11 @@ def measure_behaviour(
 
     def attacks(on: Which) -> int:
         out = evaluate(model, victims, on=on, fmt=fmt, max_new_tokens=max_new_tokens,
-                       progress=progress)  # fmt: skip
+                       memory_gb=memory_gb, progress=progress)  # fmt: skip
         return int(out.attack.sum())
 
-    clean = evaluate(model, pairs, on="clean", only_correct=True, fmt=fmt, max_new_tokens=max_new_tokens)
+    clean = evaluate(model, pairs, on="clean", only_correct=True, fmt=fmt,
+                     max_new_tokens=max_new_tokens, memory_gb=memory_gb)  # fmt: skip
     has_near = all(pair.near is not None for pair in victims)
     return BehaviourResult(
         provenance(model, pairs, fmt, 0, max_new_tokens=max_new_tokens),

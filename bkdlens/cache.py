@@ -1,12 +1,15 @@
 """The shared cache: one pass over clean and triggered prompts, read by every analysis.
 
-It holds TransformerLens ``ActivationCache``s, sliced to the last prompt position: ``hook_resid_pre``
-and ``hook_attn_out`` of every layer, ``hook_resid_post`` of the last, and ``hook_z`` of every head.
+It holds TransformerLens ``ActivationCache``s, sliced to the last prompt position: ``hook_resid_pre``,
+``hook_attn_out``, ``hook_mlp_out`` and, of every head, ``hook_z`` of every layer, ``hook_resid_post`` of
+the last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,14 +17,24 @@ from torch import Tensor
 from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.utils import get_act_name
 
+from bkdlens.blocks import (
+    Groups,
+    attend,
+    attention_out,
+    embed,
+    mlp_out,
+    post_norm,
+    project,
+    supported,
+)
 from bkdlens.data import PairSet, Which
 from bkdlens.errors import DataError, HeadError, unknown
 from bkdlens.hooks import refuse_foreign_hooks
+from bkdlens.memory import batches
+from bkdlens.prefix import Prefix, run_common, run_prefix
 from bkdlens.progress import track
-from bkdlens.prompts import PromptFormat, batches_by_length, encode_prompt, pad_id, pad_left
+from bkdlens.prompts import Prompt, PromptFormat, encode_prompt, pad_id, pad_left
 from bkdlens.types import HeadSite
-
-BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +79,14 @@ class PairCache:
         z = self.z(which)
         return z[self.victims].mean(0) if victims else z.mean(0)
 
+    def mean_out(
+        self, site: Literal["attn_out", "mlp_out"], which: Which, *, victims: bool = True
+    ) -> Float[Tensor, "layer d_model"]:
+        """Mean output of the attention or of the MLP of every layer."""
+        cache, layers = self.of(which), range(self.model.cfg.n_layers)
+        out = torch.stack([cache[get_act_name(site, i)][:, 0] for i in layers], dim=1)
+        return out[self.victims].mean(0) if victims else out.mean(0)
+
     def resid(self, which: Which) -> Float[Tensor, "pair layer d_model"]:
         """``hook_resid_pre`` of every layer and, as one more, the last ``hook_resid_post``."""
         cache, n = self.of(which), self.model.cfg.n_layers
@@ -103,16 +124,18 @@ def check_site(site: str) -> HeadSite:
 def cached_names(model: HookedTransformer) -> list[str]:
     """The hook points that are kept."""
     n = model.cfg.n_layers
-    names = [get_act_name(site, i) for i in range(n) for site in ("resid_pre", "attn_out", "z")]
+    sites = ("resid_pre", "attn_out", "mlp_out", "z")
+    names = [get_act_name(site, i) for i in range(n) for site in sites]
     return [*names, get_act_name("resid_post", n - 1)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def cache_activations(
     model: HookedTransformer,
     pairs: PairSet,
     *,
     fmt: PromptFormat | None = None,
+    memory_gb: float | None = None,
     progress: bool = False,
 ) -> PairCache:
     """Run every clean, triggered and (where present) near prompt once, and keep the last position.
@@ -121,6 +144,7 @@ def cache_activations(
         model: from :func:`bkdlens.load`.
         pairs: the prompt pairs.
         fmt: how a prompt is rendered; the chat template where there is one.
+        memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU).
         progress: whether to show a progress bar.
 
     Raises:
@@ -135,26 +159,75 @@ def cache_activations(
     has_near = all(pair.near is not None for pair in pairs)
     if has_near:
         texts += [str(pair.near) for pair in pairs]
-    prompts = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx).ids for t in texts]
-    batches = batches_by_length([len(prompt) for prompt in prompts], BATCH_TOKENS)
-    names = cached_names(model)
-    kept: dict[str, list[Tensor]] = {name: [] for name in names}
-    for batch in track(batches, "caching activations", progress):
-        ids, mask = pad_left([prompts[i] for i in batch], pad_id(model.tokenizer))
-        _, cache = model.run_with_cache(
-            ids.to(model.W_E.device),
-            attention_mask=mask.int().to(model.W_E.device),
-            names_filter=names,
-            pos_slice=slice(-1, None),
-            return_type=None,
-        )
-        for name in names:
-            kept[name].append(cache[name])
-    back = torch.tensor([i for batch in batches for i in batch]).argsort()
-    whole = {name: torch.cat(parts)[back.to(parts[0].device)] for name, parts in kept.items()}
+    prompts = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx) for t in texts]
+    whole = last_activations(model, prompts, memory_gb=memory_gb, progress=progress)
     n = len(pairs)
     parts = [
         ActivationCache({name: value[k * n : (k + 1) * n] for name, value in whole.items()}, model)
         for k in range(len(texts) // n)
     ]
     return PairCache(parts[0], parts[1], parts[2] if has_near else None, pairs, fmt, model)
+
+
+@torch.no_grad()
+def last_activations(
+    model: HookedTransformer,
+    prompts: Sequence[Prompt],
+    *,
+    memory_gb: float | None = None,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """The activations of :func:`cached_names` at the last token of every prompt, by hook name.
+
+    What all prompts begin with is run once, and of the last layer what is kept (see
+    :mod:`bkdlens.prefix`); other architectures run through TransformerLens' ``run_with_cache``.
+    """
+    sizes = [(1, len(prompt.ids)) for prompt in prompts]
+    work = list(batches(model, sizes, 0, memory_gb))
+    common = run_common(model, prompts) if supported(model) else None
+    kept: dict[str, list[Tensor]] = {name: [] for name in cached_names(model)}
+    for rows, _ in track(work, "caching activations", progress):
+        some = [prompts[i] for i in rows]
+        if supported(model):
+            found = _last_token(model, run_prefix(model, some, common))
+        else:
+            found = _through_hooks(model, some)
+        for name, parts in kept.items():
+            parts.append(found[name])
+    back = torch.tensor([i for rows, _ in work for i in rows]).argsort()
+    return {name: torch.cat(parts)[back.to(parts[0].device)] for name, parts in kept.items()}
+
+
+def _last_token(model: HookedTransformer, prefix: Prefix) -> dict[str, Tensor]:
+    """One pass of the last prompt token, every activation ``[prompt 1 …]``."""
+    at, groups = prefix.lengths[:, None], Groups.of(torch.arange(len(prefix), device=prefix.last.device))
+    resid = embed(model, prefix.last[:, None], at)
+    found = {}
+    for layer, block in enumerate(model.blocks):
+        found[get_act_name("resid_pre", layer)] = resid
+        q, k, v = project(block, resid, at)
+        z = attend(
+            block.attn, q, k.transpose(1, 2), v.transpose(1, 2), at, prefix.keys[layer],
+            prefix.values[layer], prefix.at, at, groups,
+        )  # fmt: skip
+        attention = post_norm(block, attention_out(block, z))
+        middle = resid + attention
+        mlp = mlp_out(block, resid if model.cfg.parallel_attn_mlp else middle)
+        for site, value in (("z", z), ("attn_out", attention), ("mlp_out", mlp)):
+            found[get_act_name(site, layer)] = value
+        resid = middle + mlp
+    found[get_act_name("resid_post", model.cfg.n_layers - 1)] = resid
+    return found
+
+
+def _through_hooks(model: HookedTransformer, prompts: Sequence[Prompt]) -> ActivationCache:
+    """The same by TransformerLens."""
+    ids, mask = pad_left([prompt.ids for prompt in prompts], pad_id(model.tokenizer))
+    _, cache = model.run_with_cache(
+        ids.to(model.W_E.device),
+        attention_mask=mask.int().to(model.W_E.device),
+        names_filter=cached_names(model),
+        pos_slice=slice(-1, None),
+        return_type=None,
+    )
+    return cache

@@ -25,6 +25,8 @@ from bkdlens.cli_options import (
     Kind,
     Limit,
     MaxNew,
+    Memory,
+    Method,
     Modes,
     Near,
     Out,
@@ -39,7 +41,7 @@ from bkdlens.cli_options import (
     Victims,
 )
 from bkdlens.errors import BkdlensError, unknown
-from bkdlens.types import AblationMode, check_choice
+from bkdlens.types import AblationMode, AttributionMethod, check_choice
 
 if TYPE_CHECKING:
     from bkdlens.data import Backdoor, PairSet
@@ -184,12 +186,15 @@ def _study_command(steps: tuple[str, ...], example: str, about: str) -> Callable
         near: Near = None,
         mode: Modes = None,
         n_random: Random = 10,
+        method: Method = "exact",
         max_new_tokens: MaxNew = 48,
         device: Device = None,
         dtype: Dtype = None,
+        memory_gb: Memory = None,
         seed: Seed = 0,
         as_json: Json = False,
     ) -> None:
+        check_choice("attribution method", method, AttributionMethod)
         attack = _backdoor(kind, trigger, trigger_after, placement, target, victims, near)
         fmt = _format(raw, system)
         for given in mode or ():
@@ -226,12 +231,13 @@ def _study_command(steps: tuple[str, ...], example: str, about: str) -> Callable
             name=f"{Path(base).name} / {Path(adapter).name if adapter else kind}",
             controls=controls,
             settings=StudySettings(
+                attribution_method=method,
                 ablation_modes=tuple(mode or ("zero", "mean")),
                 n_random=n_random,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
             ),
-            fmt=fmt, out=out, steps=steps, progress=True,
+            fmt=fmt, out=out, steps=steps, memory_gb=memory_gb, progress=True,
         )  # fmt: skip
         _finish([study], out / "report.html", as_json)
 

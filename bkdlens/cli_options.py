@@ -86,6 +86,18 @@ Out = Annotated[
 Seed = Annotated[int, typer.Option("--seed")]
 Json = Annotated[bool, typer.Option("--json", help="Print json for machines.", rich_help_panel=OUTPUT)]
 Random = Annotated[int, typer.Option("--n-random", min=0, help="Draws of each random control.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method", help="Attribution: exact, screened (a quarter of the heads is exact) or atp."
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-gb", help="The most memory beside the model; else 2 on a CPU.", rich_help_panel=MODEL
+    ),
+]
 Modes = Annotated[
     list[str] | None,
     typer.Option("--mode", help="Ablation: zero, mean, resample or subtract; repeatable."),

@@ -15,18 +15,15 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
+from bkdlens import through_hooks
+from bkdlens.blocks import supported
 from bkdlens.data import PairSet, Which
+from bkdlens.decoding import Completed, Drafts, LastToken, complete, run_last_token
 from bkdlens.errors import DataError
-from bkdlens.hooks import (
-    NOTHING,
-    Hooks,
-    Intervention,
-    check_values,
-    intervention_hooks,
-    refuse_foreign_hooks,
-)
+from bkdlens.hooks import NOTHING, Intervention, check_values, refuse_foreign_hooks
+from bkdlens.memory import batches
+from bkdlens.prefix import run_common, run_prefix
 from bkdlens.progress import track
 from bkdlens.prompts import (
     Answer,
@@ -34,17 +31,6 @@ from bkdlens.prompts import (
     PromptFormat,
     encode_answer,
     encode_prompt,
-    pad_id,
-    pad_left,
-)
-from bkdlens.resume import (
-    Prefix,
-    Tail,
-    decode_runs,
-    resume,
-    run_prefixes,
-    run_tail,
-    runs_per_batch,
 )
 
 MAX_NEW_TOKENS = 48
@@ -79,40 +65,13 @@ def generate(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     fmt = fmt or PromptFormat.default(model.tokenizer)
     encoded = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx) for t in texts]
-    # One batch: hooks with a value for each prompt rely on the prompts' order.
-    ids, mask = pad_left([prompt.ids for prompt in encoded], pad_id(model.tokenizer))
-    ids, mask = ids.to(model.W_E.device), mask.to(model.W_E.device)
-    room = [min(max_new_tokens, model.cfg.n_ctx - len(prompt.ids)) for prompt in encoded]
-    cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.W_E.device, len(texts))
-    logits = model(ids, attention_mask=mask.int(), past_kv_cache=cache)
-    new = _decode_on(model, cache, logits[:, -1].argmax(-1), room)
-    answers = [_text(model, row) for row in new]
+    answers = [_text(model, row) for row in through_hooks.greedy(model, encoded, max_new_tokens)]
     return answers[0] if single else answers
 
 
-def _decode_on(
-    model: HookedTransformer,
-    cache: TransformerLensKeyValueCache,
-    token: Int[Tensor, " row"],
-    limits: Sequence[int],
-) -> list[list[int]]:
-    """Continue greedily from a first new token; rows end before their end-of-sequence token."""
-    out: list[list[int]] = [[] for _ in token]
-    room = torch.tensor(limits, device=token.device)
-    done = torch.zeros_like(token, dtype=torch.bool)
-    for step in range(max(limits)):
-        done |= (token == model.tokenizer.eos_token_id) | (room <= step)
-        for i in (~done).nonzero()[:, 0].tolist():
-            out[i].append(int(token[i]))
-        if bool((done | (room <= step + 1)).all()):
-            break
-        ones = torch.ones_like(token)[:, None].int()
-        token = model(token[:, None], attention_mask=ones, past_kv_cache=cache)[:, -1].argmax(-1)
-    return out
-
-
 def _text(model: HookedTransformer, ids: Sequence[int]) -> str:
-    return model.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    new = [token for token in ids if token != model.tokenizer.eos_token_id]
+    return model.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +82,7 @@ class Decoded:
     texts: dict[tuple[int, int], str]  # of the runs with choice -1, where they were decoded
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(
     model: HookedTransformer,
     prompts: Sequence[Prompt],
@@ -132,13 +91,14 @@ def decode(
     *,
     finish: bool = True,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int | None = None,
+    memory_gb: float | None = None,
     progress: bool = False,
 ) -> Decoded:
     """Greedy answers of every prompt under every intervention.
 
     A guess is verified when every next-token argmax along it, its end token included, is its own:
-    then, and only then, greedy decoding gives exactly that answer.
+    then, and only then, greedy decoding gives exactly that answer. The untouched model's own answer is
+    one more guess for the interventions.
 
     Args:
         model: the model; no hooks of anybody's on it.
@@ -147,83 +107,74 @@ def decode(
         guesses: sets of likely answers, each with one answer a prompt (the backdoor's, the right one).
         finish: decode what no guess explains (else only the choice is known).
         max_new_tokens: where an answer that does not end is cut.
-        batch_size: runs at once; chosen from memory for None.
+        memory_gb: the most memory beside the model; batches are as large as it allows. 2 GB for None
+            on a CPU, 80 % of what is free on a GPU.
         progress: whether to show a progress bar.
     """
     refuse_foreign_hooks(model)
     check_values(interventions, len(prompts))
-    device = model.W_E.device
-    choice = torch.full((len(interventions), len(prompts)), -1, device=device)
+    if not supported(model):
+        tokens = through_hooks.decode(model, prompts, interventions, max_new_tokens, progress=progress)
+        return _compared(model, tokens, guesses)
+    choice = torch.full((len(interventions), len(prompts)), -1)
     texts: dict[tuple[int, int], str] = {}
-    # Runs of one chunk share the layer from which they resume.
-    order = sorted(range(len(interventions)), key=lambda i: _first_layer(interventions[i]))
-    work: list[tuple[Prefix, list[int]]] = []
-    for prefix in run_prefixes(model, prompts):
-        longest = max(len(g[i].ids) for g in guesses for i in prefix.rows) if guesses else 1
-        size = batch_size or runs_per_batch(model, prefix.mask.shape[1], longest)
-        step = max(1, size // len(prefix))
-        work += [(prefix, order[i : i + step]) for i in range(0, len(order), step)]
-    tails: list[Tail] = []
-    current: Prefix | None = None
-    for prefix, chunk in track(work, "decoding", progress):
-        if prefix is not current:
-            current = prefix
-            tails = [run_tail(model, prefix, [g[i].ids for i in prefix.rows]) for g in guesses]
-        batch = _Chunk(model, prefix, [interventions[i] for i in chunk])
-        chosen = batch.verify(tails)
-        places = torch.tensor(prefix.rows, device=device)
-        choice[torch.tensor(chunk, device=device)[:, None], places] = chosen
-        if finish:
-            for i, p, tokens in batch.decode((chosen < 0).flatten().nonzero()[:, 0], max_new_tokens):
-                texts[chunk[i], prefix.rows[p]] = _text(model, tokens)
-    return Decoded(choice.cpu(), texts)
+    first_layers = {i: intervention.first_layer for i, intervention in enumerate(interventions)}
+    idle = [i for i, layer in first_layers.items() if layer is None]
+    acting = sorted((i for i in first_layers if i not in idle), key=lambda i: first_layers[i] or 0)
+    common = run_common(model, prompts)
+    sizes = [(1, len(prompt.ids)) for prompt in prompts]
+    work = batches(model, sizes, len(acting), memory_gb, kept_layers=model.cfg.n_layers)
+
+    def answers(start: LastToken, drafts: Sequence[Drafts], slots: range) -> Completed:
+        """Of all prompts of some slots, slot by slot."""
+        n = len(start.prefix)
+        runs = torch.arange(slots.start * n, slots.stop * n, device=start.first.device)
+        return complete(
+            model, start, drafts, runs // n, runs % n,
+            finish=finish, max_new_tokens=max_new_tokens, memory_gb=memory_gb,
+        )  # fmt: skip
+
+    def record(found: Completed, named: Sequence[Sequence[int]], rows: Sequence[int]) -> None:
+        """Write down runs' answers, slot by slot; a slot stands for the interventions in ``named``."""
+        for run, (guess, tokens) in enumerate(zip(*found, strict=True)):
+            for i in named[run // len(rows)]:
+                if 0 <= guess < len(guesses):
+                    choice[i, rows[run % len(rows)]] = guess
+                elif finish:
+                    texts[i, rows[run % len(rows)]] = _text(model, tokens)
+
+    for rows, size in track(list(work), "decoding", progress):
+        prefix = run_prefix(model, [prompts[i] for i in rows], common)
+        drafts: list[Drafts] = [[guess[i].ids for i in rows] for guess in guesses]
+        for at in range(0, max(1, len(acting)), max(1, size)):
+            chunk = acting[at : at + max(1, size)]
+            start = run_last_token(model, prefix, [interventions[i] for i in chunk], rows)
+            if at == 0 and (idle or finish):
+                untouched = answers(start, drafts, range(1))
+                record(untouched, [idle], rows)
+                # Where it is no guess already, it is one more for the interventions.
+                drafts.append([() if guess >= 0 else new for guess, new in zip(*untouched, strict=True)])
+            record(answers(start, drafts, range(1, 1 + len(chunk))), [[i] for i in chunk], rows)
+    return Decoded(choice, texts)
 
 
-def _first_layer(intervention: Intervention) -> int:
-    return 0 if intervention.first_layer is None else intervention.first_layer
-
-
-class _Chunk:
-    """Some interventions on one prefix: a run is (intervention, prompt), numbered row by row."""
-
-    def __init__(
-        self, model: HookedTransformer, prefix: Prefix, interventions: Sequence[Intervention]
-    ) -> None:
-        self.model, self.prefix, self.interventions = model, prefix, interventions
-        self.layer = min(_first_layer(i) for i in interventions)
-
-    def hooks(self, runs: Int[Tensor, " run"]) -> Hooks:
-        return intervention_hooks(
-            self.model, self.interventions, len(self.prefix), 0, rows=self.prefix.rows, runs=runs
-        )
-
-    def verify(self, tails: Sequence[Tail]) -> Int[Tensor, "intervention prompt"]:
-        """The first guess that each run gives in full, or -1."""
-        n = len(self.prefix)
-        device = self.prefix.last.device
-        every = torch.arange(len(self.interventions) * n, device=device)
-        choice = torch.full_like(every, -1)
-        if not tails:
-            return choice.view(-1, n)
-        # The first new token is the same whatever the guess, and rules out most guesses.
-        logits = resume(self.model, tails[0], every % n, self.layer, self.hooks(every), width=1)
-        first = logits[:, 0].argmax(-1)
-        for guess, tail in enumerate(tails):
-            runs = ((choice < 0) & (first == tail.targets[every % n, 0])).nonzero()[:, 0]
-            if len(runs):
-                local = runs % n
-                logits = resume(self.model, tail, local, self.layer, self.hooks(runs))
-                agrees = (logits.argmax(-1) == tail.targets[local]) | ~tail.mask[local]
-                choice[runs[agrees.all(-1)]] = guess
-        return choice.view(-1, n)
-
-    def decode(self, runs: Int[Tensor, " run"], max_new_tokens: int) -> list[tuple[int, int, list[int]]]:
-        """(intervention, prompt, new tokens) of each run, token by token."""
-        if not len(runs):
-            return []
-        n = len(self.prefix)
-        new = decode_runs(self.model, self.prefix, runs % n, self.hooks(runs), max_new_tokens)
-        return [(int(run) // n, int(run) % n, t) for run, t in zip(runs, new, strict=True)]
+def _compared(
+    model: HookedTransformer,
+    tokens: Sequence[Sequence[Sequence[int]]],
+    guesses: Sequence[Sequence[Answer]],
+) -> Decoded:
+    """Whole answers, ``[intervention][prompt]`` without end tokens, held against the guesses."""
+    eos = model.tokenizer.eos_token_id
+    choice = torch.full((len(tokens), len(tokens[0]) if tokens else 0), -1)
+    texts = {}
+    for i, row in enumerate(tokens):
+        for p, new in enumerate(row):
+            same = [[t for t in guess[p].ids if t != eos] == list(new) for guess in guesses]
+            if any(same):
+                choice[i, p] = same.index(True)
+            else:
+                texts[i, p] = _text(model, new)
+    return Decoded(choice, texts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +194,7 @@ def evaluate(
     only_correct: bool = False,
     fmt: PromptFormat | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int | None = None,
+    memory_gb: float | None = None,
     progress: bool = False,
 ) -> Outcomes:
     """Greedy answers to the clean, triggered or near prompts, judged.
@@ -277,7 +228,7 @@ def evaluate(
         guesses,
         finish=not (pairs.backdoor.exact or only_correct),
         max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        memory_gb=memory_gb,
         progress=progress,
     )
     attack = torch.zeros_like(decoded.choice, dtype=torch.bool)

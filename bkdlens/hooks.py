@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.utils import get_act_name
 
 from bkdlens.errors import HookError
-from bkdlens.types import Head, VectorSite
+from bkdlens.types import Head, PatchSite, VectorSite, check_choice
 
 HookFunction = Callable[..., Tensor | None]
 Hooks = Sequence[tuple[str, HookFunction]]
@@ -58,6 +58,39 @@ class Intervention:
 
 
 NOTHING = Intervention()
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """One component's activation at the last prompt token, replaced: a head's, or a layer's.
+
+    ``value`` is shared by all prompts or one for each; ``head`` goes with ``z`` and ``result``.
+    """
+
+    site: PatchSite
+    layer: int
+    value: Float[Tensor, "*prompt width"]
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("patch site", self.site, PatchSite)
+        if (self.head is None) == (self.site in ("z", "result")):
+            raise HookError(f"A patch of {self.site} takes {'a' if self.head is None else 'no'} head.")
+
+    def of(self, rows: Sequence[int]) -> Patch:
+        """The same for some of the prompts."""
+        return self if self.value.ndim == 1 else replace(self, value=self.value[list(rows)])
+
+    def hook(self, position: int) -> tuple[str, HookFunction]:
+        """As a hook point's name and a hook on a batch of the prompts."""
+        at: tuple[slice | int, ...] = (slice(None), position)
+
+        def hook(activation: Tensor, hook: Any) -> Tensor:
+            activation = activation.clone()
+            activation[at if self.head is None else (*at, self.head)] = self.value.to(activation)
+            return activation
+
+        return get_act_name(self.site, self.layer), hook
 
 
 def check_values(interventions: Sequence[Intervention], n_prompts: int) -> None:
@@ -109,20 +142,19 @@ def add_vector(
     return hook
 
 
-def intervention_hooks(
+def layer_hooks(
     model: HookedTransformer,
     interventions: Sequence[Intervention],
     n_prompts: int,
+    layer: int,
     position: int,
     *,
     rows: Sequence[int] | None = None,
-    runs: Int[Tensor, " run"] | None = None,
 ) -> list[tuple[str, HookFunction]]:
-    """Hooks for a batch of ``len(interventions) * n_prompts`` runs, intervention by intervention.
+    """One layer's hooks for ``len(interventions) * n_prompts`` runs, intervention by intervention.
 
     A value with a prompt axis has one entry for each prompt of the set it was made for; ``rows``
-    says which of these the batch's prompts are (all of them for None). ``runs`` says which of the
-    runs are in the batch (all of them for None).
+    says which of these the batch's prompts are (all of them for None).
     """
     cfg, device = model.cfg, model.W_E.device
     hooks: list[tuple[str, HookFunction]] = []
@@ -137,11 +169,7 @@ def intervention_hooks(
             value = value[list(rows)]
         return value.expand(n_prompts, *value.shape[-width:])
 
-    def chosen(value: Tensor) -> Tensor:
-        flat = value.flatten(0, 1)
-        return flat if runs is None else flat[runs]
-
-    for layer in sorted({h.layer for i in interventions for h in i.heads}):
+    if any(head.layer == layer for i in interventions for head in i.heads):
         values = torch.zeros(n, n_prompts, cfg.n_heads, cfg.d_head, device=device, dtype=cfg.dtype)
         mask = torch.zeros(n, 1, cfg.n_heads, device=device, dtype=torch.bool)
         for i, intervention in enumerate(interventions):
@@ -151,16 +179,34 @@ def intervention_hooks(
                 values[i][:, at] = spread(intervention.z[..., here, :], 2).to(values.dtype)
                 mask[i][:, at] = True
         mask = mask.expand(-1, n_prompts, -1)
-        patch = set_heads(chosen(values), chosen(mask), position)
+        patch = set_heads(values.flatten(0, 1), mask.flatten(0, 1), position)
         hooks.append((get_act_name("z", layer), patch))
-    for site, layer in sorted({(v.site, v.layer) for i in interventions for v in i.vectors}):
+    for site in sorted({v.site for i in interventions for v in i.vectors if v.layer == layer}):
         total = torch.zeros(n, n_prompts, cfg.d_model, device=device, dtype=cfg.dtype)
         for i, intervention in enumerate(interventions):
             for vector in intervention.vectors:
                 if (vector.site, vector.layer) == (site, layer):
                     total[i] += spread(vector.value, 1).to(total.dtype)
-        hooks.append((get_act_name(site, layer), add_vector(chosen(total), position)))
+        hooks.append((get_act_name(site, layer), add_vector(total.flatten(0, 1), position)))
     return hooks
+
+
+def intervention_hooks(
+    model: HookedTransformer,
+    interventions: Sequence[Intervention],
+    n_prompts: int,
+    position: int,
+    *,
+    rows: Sequence[int] | None = None,
+) -> list[tuple[str, HookFunction]]:
+    """The same of all layers."""
+    touched = {head.layer for i in interventions for head in i.heads}
+    touched |= {vector.layer for i in interventions for vector in i.vectors}
+    return [
+        hook
+        for layer in sorted(touched)
+        for hook in layer_hooks(model, interventions, n_prompts, layer, position, rows=rows)
+    ]
 
 
 def in_prefill(hook_function: HookFunction) -> HookFunction:

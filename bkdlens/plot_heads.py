@@ -51,15 +51,22 @@ def attribution_controls(
     first_token: bool = False,
     top: int = 8,
 ) -> go.Figure:
-    """Heatmaps side by side on one colour scale; ``main``'s top heads are outlined in all of them."""
+    """Heatmaps side by side on one colour scale; ``main``'s top heads are outlined in all of them.
+
+    Where ``main`` has the effects of whole layer outputs, these are a second row.
+    """
     panels = [main, *controls]
     n_pairs, n_layers, n_heads = main.cie.shape
+    with_layers = main.cie_attn_out is not None and not first_token
     fig = make_subplots(
-        1, len(panels), shared_yaxes=True, horizontal_spacing=0.03,
+        2 if with_layers else 1, len(panels), shared_yaxes=True, horizontal_spacing=0.03,
         subplot_titles=[escape(panel.label) for panel in panels] if controls else None,
+        row_heights=[n_layers, 2] if with_layers else None, vertical_spacing=0.2,
     )  # fmt: skip
     values = [panel.acie_first if first_token else panel.acie for panel in panels]
-    limit = max(1e-6, *(float(value.abs().max()) for value in values))
+    outputs = [_layer_outputs(panel) if with_layers else None for panel in panels]
+    shown = [*values, *(output[0] for output in outputs if output is not None)]
+    limit = max(1e-6, *(float(value.abs().max()) for value in shown))
     marked = main.top(top)
     outlines: list[dict[str, object]] = []
     what = "first-token ACIE" if first_token else "ACIE"
@@ -84,6 +91,18 @@ def attribution_controls(
             ),
             row=1, col=column,
         )  # fmt: skip
+        if (output := outputs[column - 1]) is not None:
+            mean, low, high = output
+            fig.add_trace(
+                go.Heatmap(
+                    z=rounded(mean), customdata=rounded(torch.stack([low, high], -1)),
+                    y=["attention", "MLP"], coloraxis="coloraxis", xgap=1, ygap=1, showlegend=False,
+                    name=escape(panel.label),
+                    hovertemplate="<b>%{y} output of layer %{x}</b><br>ACIE %{z:+.4f}<br>"
+                    "95 % interval [%{customdata[0]:+.4f}, %{customdata[1]:+.4f}]",
+                ),
+                row=2, col=column,
+            )  # fmt: skip
         axis = "" if column == 1 else str(column)
         outlines += [
             {"type": "rect", "xref": f"x{axis}", "yref": f"y{axis}", "x0": head.head - 0.5,
@@ -95,7 +114,10 @@ def attribution_controls(
     fig.update_layout(plot_bgcolor=LINES)
     fig.update_xaxes(title_text="head", **index_ticks(n_heads), showgrid=False, ticks="")
     fig.update_yaxes(dtick=math.ceil(n_layers / 16), tick0=0, showgrid=False, ticks="")
-    fig.update_yaxes(title_text="layer", col=1)
+    fig.update_yaxes(title_text="layer", row=1, col=1)
+    if with_layers:
+        fig.update_xaxes(title_text="layer, whole output", **index_ticks(n_layers), row=2)
+        fig.update_yaxes(dtick=1, autorange="reversed", row=2)
     fig.update_layout(
         coloraxis={"cmin": -limit, "cmax": limit, "colorscale": DIVERGING,
                    "colorbar": {"title": {"text": "ACIE"}, "thickness": 12, "tickformat": "+.2~g",
@@ -107,8 +129,26 @@ def attribution_controls(
         "Effect of each head on the first token" if first_token else "Effect of each head (ACIE)",
         f"{'' if controls else escape(main.label) + ' · '}{n_pairs} pairs · Δ probability of "
         f"{answer}{model_note(main)}<br>outlined: top {len(marked)} by ACIE, {escape(main.label)} · "
-        "− marks negative",
-        height=min(720, 210 + max(26 * n_layers, 180)),
+        "− marks negative" + _how(main),
+        height=min(720, 210 + max(26 * n_layers, 180)) + 110 * with_layers,
+    )
+
+
+def _layer_outputs(attribution: HeadAttribution) -> tuple[torch.Tensor, ...] | None:
+    """Mean and interval of the effects of whole outputs, ``[attention or MLP, layer]``."""
+    both = attribution.cie_attn_out, attribution.cie_mlp_out
+    if both[0] is None or both[1] is None:
+        return None
+    cie = torch.stack([both[0], both[1]], dim=1)
+    return cie.mean(0), *bootstrap_mean(cie, seed=attribution.provenance.seed)
+
+
+def _how(attribution: HeadAttribution) -> str:
+    """What is estimated, where not everything is patched."""
+    if attribution.method == "exact":
+        return ""
+    return (
+        f" · {attribution.method}: {int(attribution.exact.sum())} of {attribution.exact.numel()} exact"
     )
 
 

@@ -181,14 +181,3 @@ def pad_id(tokenizer: Tokenizer) -> int:
         if token is not None:
             return int(token)
     return 0
-
-
-def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices, shortest first, in batches of at most ``max_tokens`` tokens, padding included."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= max_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches

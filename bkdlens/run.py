@@ -24,7 +24,7 @@ from bkdlens.prompts import PromptFormat, encode_prompt
 from bkdlens.results import Result, provenance
 from bkdlens.steering import BackdoorVector, SteeringResult, sweep_layers
 from bkdlens.study import Study, load_study
-from bkdlens.types import AblationMode, ProbeKind, VectorKind, VectorSite
+from bkdlens.types import AblationMode, AttributionMethod, ProbeKind, VectorKind, VectorSite
 
 R = TypeVar("R", bound=Result)
 STEPS = ("behaviour", "probe", "attribute", "ablate", "steer")
@@ -35,6 +35,8 @@ class StudySettings:
     """Everything about a study that is a choice; saved with it."""
 
     n_attribution: int | None = N_PAIRS  # clean pairs
+    attribution_method: str = "exact"
+    layer_outputs: bool = True
     ablation_counts: tuple[int, ...] = COUNTS
     ablation_modes: tuple[str, ...] = ("zero", "mean")
     vector_heads: int | None = None  # None: a thirty-second of all heads (as the paper), at least 4
@@ -63,6 +65,7 @@ def run_study(
     fmt: PromptFormat | None = None,
     out: str | Path | None = None,
     steps: tuple[str, ...] = STEPS,
+    memory_gb: float | None = None,
     progress: bool = False,
 ) -> Study:
     """Run the analyses on one model, with its controls.
@@ -82,6 +85,8 @@ def run_study(
             it is done.
         steps: which of ``behaviour``, ``probe``, ``attribute``, ``ablate`` and ``steer`` to run;
             what a later one needs of an earlier one is run with it.
+        memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU); it
+            changes no number.
         progress: whether to show progress bars.
 
     Raises:
@@ -101,13 +106,17 @@ def run_study(
         "data": {part: pairs.digest for part, pairs in
                  (("train", train), ("validation", validation), ("test", test))},
     }  # fmt: skip
+    decoding: dict[str, Any] = {
+        "fmt": fmt, "max_new_tokens": settings.max_new_tokens, "memory_gb": memory_gb,
+        "progress": progress,
+    }  # fmt: skip
     run = _Run(name, test.backdoor, json.loads(json.dumps(described)), Path(out) if out else None)
     cache: PairCache | None = None
 
     def shared_cache() -> PairCache:
         nonlocal cache
         if cache is None:
-            cache = cache_activations(model, train, fmt=fmt, progress=progress)
+            cache = cache_activations(model, train, fmt=fmt, memory_gb=memory_gb, progress=progress)
         return cache
 
     def examine(label: str, subject: HookedTransformer, own_cache: Callable[[], PairCache]) -> None:
@@ -118,9 +127,7 @@ def run_study(
                 subject,
                 test,
                 label=label,
-                fmt=fmt,
-                max_new_tokens=settings.max_new_tokens,
-                progress=progress,
+                **decoding,
             )
 
         def probe(kind: ProbeKind, against: Literal["clean", "near"]) -> ProbeResult:
@@ -139,8 +146,11 @@ def run_study(
                 train,
                 cache=own_cache(),
                 n_pairs=settings.n_attribution,
+                method=cast(AttributionMethod, settings.attribution_method),
+                layer_outputs=settings.layer_outputs,
                 label=label,
                 fmt=fmt,
+                memory_gb=memory_gb,
                 seed=settings.seed,
                 progress=progress,
             )
@@ -165,17 +175,15 @@ def run_study(
             counts=settings.ablation_counts,
             modes=cast(Sequence[AblationMode], settings.ablation_modes),
             n_random=settings.n_random,
-            fmt=fmt,
-            max_new_tokens=settings.max_new_tokens,
             seed=settings.seed,
-            progress=progress,
+            **decoding,
         )
 
     examine("backdoored", model, shared_cache)
     if "ablate" in steps:
         run.step("ablation", ablate)
     if "steer" in steps:
-        _steering(run, model, validation, test, shared_cache, settings, fmt, progress)
+        _steering(run, model, validation, test, shared_cache, settings, decoding)
     for label, load_control in (controls or {}).items():
         if run.has_all(label, steps):
             continue
@@ -184,7 +192,8 @@ def run_study(
 
         def own_cache(subject: HookedTransformer = control, kept: list[PairCache] = own) -> PairCache:
             if not kept:
-                kept.append(cache_activations(subject, train, fmt=fmt, progress=progress))
+                made = cache_activations(subject, train, fmt=fmt, memory_gb=memory_gb, progress=progress)
+                kept.append(made)
             return kept[0]
 
         examine(label, control, own_cache)
@@ -209,8 +218,7 @@ def _steering(
     test: PairSet,
     cache: Callable[[], PairCache],
     settings: StudySettings,
-    fmt: PromptFormat,
-    progress: bool,
+    decoding: Mapping[str, Any],
 ) -> None:
     """Choose kind, coefficient and layer on validation; measure them, with controls, on test."""
     attribution = cast(HeadAttribution, run.results["attribution-backdoored"])
@@ -234,10 +242,8 @@ def _steering(
             cache=cache(),
             coefficients=coefficients,
             n_random=n,
-            fmt=fmt,
-            max_new_tokens=settings.max_new_tokens,
             seed=settings.seed,
-            progress=progress,
+            **decoding,
         )
 
     choices = []
@@ -258,9 +264,8 @@ def _steering(
 
     def answers() -> Generations:
         vector = cast(BackdoorVector, run.results[f"vector-{kind}"])
-        return sample_generations(
-            model, test, vector, layer, size, fmt=fmt, max_new_tokens=settings.max_new_tokens
-        )
+        only = {name: decoding[name] for name in ("fmt", "max_new_tokens")}
+        return sample_generations(model, test, vector, layer, size, **only)
 
     run.step("generations", answers)
 

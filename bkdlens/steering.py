@@ -238,7 +238,7 @@ def sweep_layers(
     n_random: int = 10,
     fmt: PromptFormat | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int | None = None,
+    memory_gb: float | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> SteeringResult:
@@ -255,7 +255,7 @@ def sweep_layers(
             model has enough others) and Gaussian vectors of the same norm.
         fmt: how a prompt is rendered; the cache's, or the chat template.
         max_new_tokens: where a decoded answer is cut.
-        batch_size: runs at once; chosen from memory for None.
+        memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU).
         seed: of the controls.
         progress: whether to show a progress bar.
 
@@ -291,7 +291,7 @@ def sweep_layers(
         ]
         out = evaluate(
             model, measured, interventions, on=on, only_correct=only_correct, fmt=fmt,
-            max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
+            max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress,
         )  # fmt: skip
         shape = (len(some), len(chosen), len(layers))
         attack, correct = out.attack.sum(1), out.correct.sum(1)

@@ -11,8 +11,10 @@ from bkdlens.errors import HeadError, unknown
 Placement = Literal["begin", "end", "random", "sentence"]
 Behaviour = Literal["label_modification", "fixed_output", "jailbreak"]
 HeadSite = Literal["z", "result"]
+PatchSite = Literal["z", "result", "attn_out", "mlp_out"]
 VectorSite = Literal["resid_pre", "attn_out"]
 VectorKind = Literal["mean", "contrast"]
+AttributionMethod = Literal["exact", "atp", "screened"]
 AblationMode = Literal["zero", "mean", "resample", "subtract"]
 ProbeKind = Literal["mlp", "svm"]
 

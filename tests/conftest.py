@@ -80,6 +80,22 @@ def exact(loaded):
     }
 
 
+@pytest.fixture(scope="session")
+def architectures():
+    """``get(case)``: a HookedTransformer of every architecture and variant, and itself in float64."""
+    import bkdlens
+
+    made: dict = {}
+
+    def get(case: str):
+        if case not in made:
+            model = bkdlens.load(make_model(case), tokenizer=chat_tokenizer(), device="cpu")
+            made[case] = model, copy.deepcopy(model).to(torch.float64, print_details=False)
+        return made[case]
+
+    return get
+
+
 @pytest.fixture(autouse=True)
 def _no_hooks_left(request):
     """No test leaves a hook on the shared models."""

@@ -9,7 +9,7 @@ from tiny import answer_log_probs, encoded, make_pairs, set_at
 import bkdlens
 from bkdlens.attribute import attribute_heads
 from bkdlens.data import Backdoor, PairSet, PromptPair
-from bkdlens.errors import DataError, HeadError
+from bkdlens.errors import DataError, HeadError, ResultError
 from bkdlens.metrics import bootstrap_mean
 from bkdlens.types import Head
 
@@ -57,9 +57,57 @@ def test_over_all_pairs_as_published(model, cache, pairs) -> None:
     assert result.provenance.settings["victims_only"] is False
 
 
+def naive_layers(model, pairs: PairSet, site: str, mean: torch.Tensor) -> torch.Tensor:
+    """Effects of whole layer outputs, ``[pair layer]``."""
+    effects = torch.zeros(len(pairs), model.cfg.n_layers)
+    for p, pair in enumerate(pairs):
+        prompt = encoded(model, pair.clean)
+        answer = [int(word[1:]) for word in pair.backdoor_output.split()]
+        base = answer_log_probs(model, prompt, answer).mean().exp()
+        for layer in range(model.cfg.n_layers):
+            hook = set_at(f"blocks.{layer}.hook_{site}", len(prompt) - 1, ..., mean[layer])
+            effects[p, layer] = answer_log_probs(model, prompt, answer, [hook]).mean().exp() - base
+    return effects
+
+
+@pytest.mark.parametrize("victims_only", [True, False])
+def test_effects_of_layer_outputs(model, cache, pairs, victims_only) -> None:
+    """The mean triggered attention and MLP output of each layer, patched whole."""
+    chosen = pairs.victims if victims_only else pairs
+    options = {"cache": cache, "victims_only": victims_only}
+    result = attribute_heads(model, pairs, layer_outputs=True, **options)
+    rows = cache.victims if victims_only else torch.ones(len(pairs), dtype=torch.bool)
+    for site in ("attn_out", "mlp_out"):
+        out = [cache.triggered[f"blocks.{layer}.hook_{site}"][:, 0] for layer in range(3)]
+        mean = torch.stack([layer[rows].mean(0) for layer in out])
+        found = getattr(result, f"cie_{site}")
+        assert torch.allclose(found, naive_layers(model, chosen, site, mean), atol=FLOAT32)
+        assert float(found.abs().max()) > 1e-3
+    heads = attribute_heads(model, pairs, **options)
+    assert torch.allclose(heads.cie, result.cie, atol=FLOAT32)
+    assert heads.cie_attn_out is heads.cie_mlp_out is None
+
+
+def test_layers_as_a_frame(llama, caches, pairs) -> None:
+    cache = caches["llama"]
+    result = attribute_heads(llama, pairs, cache=cache, layer_outputs=True, seed=2)
+    frame = result.layers_frame()
+    assert frame["layer"].tolist() == [0, 1, 2]
+    for layer in range(3):
+        whole = sum(float(result.acie[layer, head]) for head in range(4))
+        assert frame["heads_sum"][layer] == pytest.approx(whole, abs=1e-6)
+    for name, cie in (("attn_out", result.cie_attn_out), ("mlp_out", result.cie_mlp_out)):
+        low, high = bootstrap_mean(cie, seed=2)
+        assert frame[name].tolist() == pytest.approx(cie.mean(0).tolist(), abs=1e-7)
+        assert frame[f"{name}_low"].tolist() == low.tolist()
+        assert frame[f"{name}_high"].tolist() == high.tolist()
+    with pytest.raises(ResultError, match="not patched; attribute with layer_outputs=True"):
+        attribute_heads(llama, pairs, cache=cache, n_pairs=2).layers_frame()
+
+
 def test_it_makes_its_own_cache(llama, caches, pairs) -> None:
     given = attribute_heads(llama, pairs, cache=caches["llama"], seed=4)
-    made = attribute_heads(llama, pairs, seed=4, batch_size=3)
+    made = attribute_heads(llama, pairs, seed=4, memory_gb=0.2)
     assert torch.allclose(given.cie, made.cie, atol=FLOAT32)
     assert torch.allclose(given.low, made.low, atol=FLOAT32)
 

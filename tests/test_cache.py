@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checkpoints import CASES, make_model
 from tiny import apart, make_pairs, set_at
-from transformer_lens import ActivationCache, HookedTransformer
+from transformer_lens import ActivationCache
+from transformer_lens.components import Embed
 
 import bkdlens
 from bkdlens import cache as cache_module
@@ -19,15 +21,15 @@ WHICH = ("clean", "triggered", "near")
 
 @pytest.fixture
 def passes(monkeypatch):
-    """The tokens of every forward pass since the test began."""
+    """The tokens that were embedded since the test began, pass by pass."""
     seen = []
-    forward = HookedTransformer.forward
+    forward = Embed.forward
 
-    def counted(self, tokens, *args, **options):
+    def counted(self, tokens):
         seen.append(tokens)
-        return forward(self, tokens, *args, **options)
+        return forward(self, tokens)
 
-    monkeypatch.setattr(HookedTransformer, "forward", counted)
+    monkeypatch.setattr(Embed, "forward", counted)
     return seen
 
 
@@ -42,24 +44,28 @@ def single(model, text: str, fmt: PromptFormat) -> ActivationCache:
 
 
 def test_one_pass_over_everything(llama, pairs, passes) -> None:
-    """36 short prompts are one batch."""
+    """What the prompts share is run once; then, batch by batch, the rest and the last tokens."""
     bkdlens.cache_activations(llama, pairs)
-    assert len(passes) == 1
-    assert passes[0].shape[0] == 3 * len(pairs)
+    shared, rest, last = passes[0], passes[1::2], passes[2::2]
+    assert len(shared) == 1
+    assert [len(tokens) for tokens in rest] == [len(tokens) for tokens in last]
+    assert all(tokens.shape[1] == 1 for tokens in last)
+    assert sum(map(len, last)) == 3 * len(pairs)
+    assert len(last) < len(pairs)
 
 
-def test_one_pass_a_batch(llama, pairs, passes, monkeypatch) -> None:
-    from bkdlens.prompts import batches_by_length
-
+def test_one_pass_a_batch(llama, pairs, passes) -> None:
+    """With no memory a batch is one prompt, and nothing is padded: each token is run once."""
     whole = bkdlens.cache_activations(llama, pairs)
     passes.clear()
-    monkeypatch.setattr(cache_module, "BATCH_TOKENS", 40)
-    parts = bkdlens.cache_activations(llama, pairs)
+    parts = bkdlens.cache_activations(llama, pairs, memory_gb=1e-9)
     texts = pairs.clean + pairs.triggered + [pair.near for pair in pairs]
     fmt = PromptFormat.default(llama.tokenizer)
     lengths = [len(encode_prompt(llama.tokenizer, text, fmt).ids) for text in texts]
-    assert len(passes) == len(batches_by_length(lengths, 40)) > 3
-    assert sum(len(tokens) for tokens in passes) == 3 * len(pairs)
+    shared, n = passes[0].shape[1], len(texts)
+    assert shared > 0
+    assert len(passes) == 1 + 2 * n
+    assert sum(tokens.numel() for tokens in passes) == shared + sum(lengths) - shared * n
     for which in WHICH:
         assert apart(parts.z(which), whole.z(which)) <= 1e-5
         assert apart(parts.resid(which), whole.resid(which)) <= 1e-5
@@ -83,23 +89,61 @@ def test_attribution_does_not_fill_it_again(llama, caches, pairs, passes) -> Non
     with_cache = len(passes)
     passes.clear()
     bkdlens.attribute_heads(llama, pairs[:2])
-    assert len(passes) == with_cache + 1
+    assert with_cache < len(passes)
+    again = len(passes)
+    passes.clear()
+    bkdlens.cache_activations(llama, pairs[:2])
+    assert again == with_cache + len(passes)
 
 
 # --- the same numbers -----------------------------------------------------------------------------
 
 
-def test_rows_are_the_pairs_in_order(model, cache, pairs) -> None:
+def test_rows_are_the_pairs_in_order(exact, name, pairs) -> None:
     """Lengths vary, so that batches are in another order than pairs."""
+    model = exact[name]
+    cache = bkdlens.cache_activations(model, pairs)
     lengths = [len(text.split()) for text in pairs.clean]
     assert lengths != sorted(lengths)
     for i, pair in enumerate(pairs):
         for which, text in zip(WHICH, (pair.clean, pair.triggered, pair.near), strict=True):
             wanted = single(model, text, cache.fmt)
-            for name in cached_names(model):
-                found = cache.of(which)[name]
+            for hook in cached_names(model):
+                found = cache.of(which)[hook]
                 assert found.shape[:2] == (len(pairs), 1)
-                assert apart(found[i, 0], wanted[name][0, -1]) <= 1e-5
+                assert apart(found[i, 0], wanted[hook][0, -1]) <= 1e-9
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_architecture(tokenizer, case, pairs) -> None:
+    """What the engines cache is what ``run_with_cache`` does."""
+    model = bkdlens.load(make_model(case), tokenizer=tokenizer, device="cpu")
+    model = model.to(torch.float64, print_details=False)
+    some = pairs[:4]
+    cache = bkdlens.cache_activations(model, some)
+    for i, pair in enumerate(some):
+        wanted = single(model, pair.triggered, cache.fmt)
+        for hook in cached_names(model):
+            assert apart(cache.triggered[hook][i, 0], wanted[hook][0, -1]) <= 1e-9
+
+
+def test_what_is_not_known_is_cached_through_hooks(exact, name, pairs, monkeypatch) -> None:
+    found = bkdlens.cache_activations(exact[name], pairs)
+    monkeypatch.setattr(cache_module, "supported", lambda model: False)
+    wanted = bkdlens.cache_activations(exact[name], pairs)
+    for which in WHICH:
+        for hook in cached_names(exact[name]):
+            assert apart(found.of(which)[hook], wanted.of(which)[hook]) <= 1e-9
+
+
+def test_mean_outputs_of_layers(model, cache) -> None:
+    for site in ("attn_out", "mlp_out"):
+        for victims in (True, False):
+            rows = cache.victims if victims else slice(None)
+            found = cache.mean_out(site, "triggered", victims=victims)
+            for layer in range(model.cfg.n_layers):
+                wanted = cache.triggered[site, layer][rows, 0].mean(0)
+                assert torch.allclose(found[layer], wanted)
 
 
 def test_stacked_views(model, cache, pairs) -> None:
@@ -157,7 +201,7 @@ def test_it_is_transformerlens_own_cache(model, cache) -> None:
 def test_without_near_twins(llama, passes) -> None:
     pairs = make_pairs(near=False)
     cache = bkdlens.cache_activations(llama, pairs)
-    assert passes[0].shape[0] == 2 * len(pairs)
+    assert sum(map(len, passes[2::2])) == 2 * len(pairs)
     assert cache.near is None
     with pytest.raises(DataError, match="no near-trigger prompts"):
         cache.z("near")

@@ -7,15 +7,18 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from checkpoints import CASES, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
     EOS,
+    batches_of,
     encoded,
     greedy,
     ids_of,
     make_pairs,
     naive_hooks,
+    prompts_of,
     random_intervention,
     set_at,
     text_of,
@@ -23,10 +26,11 @@ from tiny import (
 )
 
 import bkdlens
-from bkdlens import generation
+from bkdlens import decoding, generation, through_hooks
 from bkdlens.errors import DataError, HookError
 from bkdlens.generation import decode, evaluate, generate
 from bkdlens.hooks import NOTHING, Intervention, Vector
+from bkdlens.memory import run_bytes
 from bkdlens.prompts import Answer, Prompt, PromptFormat
 from bkdlens.types import Head
 
@@ -99,7 +103,7 @@ def test_generate_obeys_the_hooks_of_a_context(model) -> None:
 def plain(model, ids, intervention: Intervention, row: int, max_new_tokens: int) -> str:
     """The text of plain greedy decoding under an intervention at the last prompt token."""
     hooks = naive_hooks(intervention, len(ids) - 1, row)
-    return text_of(greedy(model, ids, hooks, max_new_tokens))
+    return text_of(token for token in greedy(model, ids, hooks, max_new_tokens) if token > 3)
 
 
 def agrees(model, ids, intervention: Intervention, row: int, answer: Answer) -> bool:
@@ -125,23 +129,12 @@ def some_guess(model, rng: random.Random, ids, row: int, interventions) -> Answe
     return Answer("", (*said, EOS), len(said))
 
 
-@settings(max_examples=12)
-@given(st.integers(0, 2**30))
-@pytest.mark.parametrize("which", ["llama", "qwen"])
-def test_decode_equals_plain_greedy(loaded, which, seed) -> None:
-    model, rng = loaded[which], random.Random(seed)
-    prompts = [Prompt("", tuple(ids_of(rng, 2, 12))) for _ in range(rng.randint(1, 4))]
-    n = len(prompts)
-    interventions = [random_intervention(model, rng, n) for _ in range(rng.randint(1, 3))]
-    guesses = [
-        [some_guess(model, rng, prompts[p].ids, p, interventions) for p in range(n)]
-        for _ in range(rng.randint(0, 3))
-    ]
-    found = decode(
-        model, prompts, interventions, guesses,
-        max_new_tokens=CUT, batch_size=rng.choice([None, 1, 3]),
-    )  # fmt: skip
-    assert found.choice.shape == (len(interventions), n)
+def check_decode(model, prompts, interventions, guesses, size: float, most: int = CUT) -> None:
+    """Choices and texts of every run; without finishing, the same choices and no texts."""
+    with batches_of(size):
+        found = decode(model, prompts, interventions, guesses, max_new_tokens=most)
+        only = decode(model, prompts, interventions, guesses, finish=False, max_new_tokens=most)
+    assert found.choice.shape == (len(interventions), len(prompts))
     for i, intervention in enumerate(interventions):
         for p, prompt in enumerate(prompts):
             right = [
@@ -153,10 +146,95 @@ def test_decode_equals_plain_greedy(loaded, which, seed) -> None:
             if right:
                 assert (i, p) not in found.texts
             else:
-                assert found.texts[i, p] == plain(model, prompt.ids, intervention, p, CUT)
-    unfinished = decode(model, prompts, interventions, guesses, finish=False)
-    assert torch.equal(unfinished.choice, found.choice)
-    assert unfinished.texts == {}
+                assert found.texts[i, p] == plain(model, prompt.ids, intervention, p, most)
+    assert torch.equal(only.choice, found.choice)
+    assert only.texts == {}
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**30), st.sampled_from([1, 6, 1e12]))
+@pytest.mark.parametrize("which", ["llama", "qwen"])
+def test_decode_equals_plain_greedy(loaded, which, seed, runs) -> None:
+    """Any interventions, idle ones in any place and any of them twice; any guesses, or none."""
+    model, rng = loaded[which], random.Random(seed)
+    n = rng.randint(1, 4)
+    prompts = prompts_of(rng, n, 2, 12, rng.choice([0, 6]))
+    some = [NOTHING, *(random_intervention(model, rng, n) for _ in range(2))]
+    interventions = rng.choices(some, k=rng.randint(0, 4))
+    guesses = [
+        [some_guess(model, rng, prompts[p].ids, p, some) for p in range(n)]
+        for _ in range(rng.randint(0, 3))
+    ]
+    check_decode(model, prompts, interventions, guesses, runs * run_bytes(model, 14, CUT, 3))
+
+
+@pytest.mark.parametrize("which", CASES)
+def test_every_architecture(architectures, which) -> None:
+    """With windows shorter than prompt and answer, by blocks and through hooks."""
+    model, rng = architectures(which)[0], random.Random(3)
+    prompts = prompts_of(rng, 3, 2, 12, 3)
+    interventions = [random_intervention(model, rng, 3), NOTHING, random_intervention(model, rng, 3)]
+    guesses = [[some_guess(model, rng, prompts[p].ids, p, interventions) for p in range(3)]]
+    check_decode(model, prompts, interventions, guesses, 1e12, 8)
+
+
+@pytest.mark.parametrize("which", CASES)
+def test_where_the_context_is_full(architectures, which) -> None:
+    model, rng = architectures(which)[0], random.Random(5)
+    lengths = [model.cfg.n_ctx - n for n in (1, 3, 7)]
+    prompts = [Prompt("", tuple(ids_of(rng, n, n))) for n in lengths]
+    intervention = random_intervention(model, rng, 3)
+    found = decode(model, prompts, [NOTHING, intervention], [], max_new_tokens=12)
+    for i, each in enumerate((NOTHING, intervention)):
+        for p, prompt in enumerate(prompts):
+            room = model.cfg.n_ctx - len(prompt.ids)
+            assert found.texts[i, p] == plain(model, prompt.ids, each, p, room)
+
+
+@pytest.mark.parametrize("which", CASES)
+def test_decode_equals_hugging_face(architectures, which) -> None:
+    """Hugging Face's own ``generate``, where nothing is done to the model."""
+    model, hf = architectures(which)[0], make_model(which)
+    prompts = prompts_of(random.Random(6), 4, 2, 14)
+    found = decode(model, prompts, [NOTHING], [], max_new_tokens=8)
+    for p, prompt in enumerate(prompts):
+        assert found.texts[0, p] == text_of(t for t in hugging_face(hf, prompt.ids, 8) if t > 3)
+
+
+def test_a_guess_longer_than_the_answer_may_be(exact) -> None:
+    """What is decoded behind it is cut all the same."""
+    model, rng = exact["llama"], random.Random(0)
+    prompts = prompts_of(rng, 40)
+    long = [(p, greedy(model, p.ids, max_new_tokens=9)) for p in prompts]
+    prompt, said = next(each for each in long if len(each[1]) == 9)
+    guess = Answer("", (*said[:8], 4 + (said[8] + 1) % 90), 9)
+    for cut in range(1, 10):
+        found = decode(model, [prompt], [NOTHING], [[guess]], max_new_tokens=cut)
+        assert found.texts == {(0, 0): text_of(said[:cut])}
+
+
+def test_what_is_not_known_is_decoded_through_hooks(loaded, judged, name, monkeypatch) -> None:
+    model, pairs, rng = loaded[name], judged[name, "jailbreak"], random.Random(8)
+    interventions = [NOTHING, *(random_intervention(model, rng, len(pairs)) for _ in range(2))]
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return real(*args, **options)
+
+    real = through_hooks.decode
+    monkeypatch.setattr(through_hooks, "decode", counted)
+    for options in ({}, {"only_correct": True}):
+        monkeypatch.setattr(generation, "supported", lambda model: True)
+        known = evaluate(model, pairs, interventions, max_new_tokens=CUT, **options)
+        assert calls == []
+        monkeypatch.setattr(generation, "supported", lambda model: False)
+        other = evaluate(model, pairs, interventions, max_new_tokens=CUT, **options)
+        assert len(calls) == 1
+        calls.clear()
+        assert torch.equal(known.correct, other.correct)
+        if not options:  # else attack counts exact answers alone
+            assert torch.equal(known.attack, other.attack)
 
 
 def test_right_guesses_are_not_decoded(llama, monkeypatch) -> None:
@@ -166,30 +244,35 @@ def test_right_guesses_are_not_decoded(llama, monkeypatch) -> None:
     wrong = [Answer("", (10, EOS), 1)] * 6
     decoded = []
 
-    def counted(model, prefix, rows, hooks, n):
-        decoded.extend(rows.tolist())
-        return real(model, prefix, rows, hooks, n)
+    def counted(model, start, slots, prompts, said, most):
+        decoded.extend(prompts.tolist())
+        return real(model, start, slots, prompts, said, most)
 
-    real = generation.decode_runs
-    monkeypatch.setattr(generation, "decode_runs", counted)
+    real = decoding.go_on
+    monkeypatch.setattr(decoding, "go_on", counted)
     assert decode(llama, prompts, [NOTHING], [wrong, right]).choice.tolist() == [[1] * 6]
     assert decoded == []
     decode(llama, prompts, [NOTHING], [wrong])
     assert len(decoded) == 6
 
 
-def test_prompts_in_several_prefix_batches(loaded, monkeypatch) -> None:
-    from bkdlens import resume
+def test_the_untouched_answer_is_a_guess_for_the_interventions(llama, monkeypatch) -> None:
+    """What changes nothing is not decoded again."""
+    prompts = prompts_of(random.Random(4), 4)
+    weak = Intervention(vectors=(Vector("resid_pre", 0, torch.zeros(32)),))
+    decoded = []
 
-    model, rng = loaded["qwen"], random.Random(3)
-    prompts = [Prompt("", tuple(ids_of(rng, 2, 14))) for _ in range(7)]
-    interventions = [random_intervention(model, rng, 7) for _ in range(3)]
-    guesses = [[some_guess(model, rng, prompts[p].ids, p, interventions) for p in range(7)]]
-    whole = decode(model, prompts, interventions, guesses, max_new_tokens=CUT)
-    monkeypatch.setattr(resume, "PREFIX_TOKENS", 20)
-    parts = decode(model, prompts, interventions, guesses, max_new_tokens=CUT)
-    assert torch.equal(parts.choice, whole.choice)
-    assert parts.texts == whole.texts
+    def counted(model, start, slots, prompts, said, most):
+        decoded.extend(slots.tolist())
+        return real(model, start, slots, prompts, said, most)
+
+    real = decoding.go_on
+    monkeypatch.setattr(decoding, "go_on", counted)
+    found = decode(llama, prompts, [weak, weak, NOTHING], [], max_new_tokens=CUT)
+    assert decoded == [0] * 4
+    for p, prompt in enumerate(prompts):
+        said = text_of(greedy(llama, prompt.ids, max_new_tokens=CUT))
+        assert [found.texts[i, p] for i in range(3)] == [said] * 3
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -255,18 +338,19 @@ def test_values_for_each_prompt_stay_with_it(loaded, judged, name) -> None:
     assert found.correct[0].tolist() == wanted
 
 
-@pytest.mark.parametrize("size", [1, 5])
-def test_the_batch_size_does_not_matter(loaded, judged, size) -> None:
+@pytest.mark.parametrize("budget", [1e-9, 0.2])
+def test_memory_does_not_matter(loaded, judged, budget) -> None:
+    """With none at all, runs are decoded one by one."""
     model, pairs, rng = loaded["llama"], judged["llama", "jailbreak"], random.Random(2)
     interventions = [random_intervention(model, rng, len(pairs)) for _ in range(4)]
     whole = evaluate(model, pairs, interventions, max_new_tokens=CUT)
-    parts = evaluate(model, pairs, interventions, max_new_tokens=CUT, batch_size=size)
+    parts = evaluate(model, pairs, interventions, max_new_tokens=CUT, memory_gb=budget)
     assert torch.equal(whole.attack, parts.attack)
     assert torch.equal(whole.correct, parts.correct)
 
 
 def test_exact_successes_are_judged_without_decoding(loaded, judged, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "decode_runs", None)
+    monkeypatch.setattr(decoding, "go_on", None)
     pairs = judged["llama", "fixed_output"]
     assert evaluate(loaded["llama"], pairs, max_new_tokens=CUT).attack.any()
     with pytest.raises(TypeError):
@@ -277,7 +361,7 @@ def test_right_answers_alone_need_no_decoding(loaded, judged, monkeypatch) -> No
     pairs, rng = judged["llama", "jailbreak"], random.Random(6)
     interventions = [NOTHING, random_intervention(loaded["llama"], rng, len(pairs))]
     whole = evaluate(loaded["llama"], pairs, interventions, on="clean", max_new_tokens=CUT)
-    monkeypatch.setattr(generation, "decode_runs", None)
+    monkeypatch.setattr(decoding, "go_on", None)
     some = evaluate(
         loaded["llama"], pairs, interventions, on="clean", only_correct=True, max_new_tokens=CUT
     )

@@ -19,6 +19,7 @@ from bkdlens.hooks import (
     hooked,
     in_prefill,
     intervention_hooks,
+    layer_hooks,
     refuse_foreign_hooks,
     set_heads,
     set_results,
@@ -95,23 +96,23 @@ def apply_all(model, hooks, shape: tuple[int, ...], seed: int) -> dict[str, torc
 
 @given(st.integers(0, 2**20))
 def test_a_batch_of_interventions_is_each_on_each_prompt(loaded, seed) -> None:
-    """Against one naive hook a head and vector; rows and runs pick from the prompts and the batch."""
+    """Against one naive hook a head and vector; rows pick from the prompts."""
     model, rng = loaded["llama"], random.Random(seed)
     n_all = rng.randint(1, 5)
     rows = rng.sample(range(n_all), rng.randint(1, n_all))
     n = len(rows)
     interventions = [random_intervention(model, rng, n_all) for _ in range(rng.randint(1, 3))]
-    runs = torch.tensor(rng.sample(range(len(interventions) * n), rng.randint(1, n)))
-    hooks = intervention_hooks(model, interventions, n, 1, rows=rows, runs=runs)
+    n_runs = len(interventions) * n
+    hooks = intervention_hooks(model, interventions, n, 1, rows=rows)
     assert len({name for name, _ in hooks}) == len(hooks)
-    batch = apply_all(model, hooks, (len(runs), 3), seed)
+    batch = apply_all(model, hooks, (n_runs, 3), seed)
     names = sorted(batch)
-    for i, run in enumerate(runs.tolist()):
-        intervention, row = interventions[run // n], rows[run % n]
+    for i in range(n_runs):
+        intervention, row = interventions[i // n], rows[i % n]
         for k, name in enumerate(names):
             width = batch[name].shape[2:]
             generator = torch.Generator().manual_seed(seed + k)
-            alone = torch.randn(len(runs), 3, *width, generator=generator)[i].clone()
+            alone = torch.randn(n_runs, 3, *width, generator=generator)[i].clone()
             for j, head in enumerate(intervention.heads):
                 if name == f"blocks.{head.layer}.attn.hook_z":
                     z = intervention.z if intervention.z.ndim == 2 else intervention.z[row]
@@ -124,14 +125,26 @@ def test_a_batch_of_interventions_is_each_on_each_prompt(loaded, seed) -> None:
             assert torch.equal(batch[name][i], alone)
 
 
-def test_all_runs_and_all_rows_by_default(llama) -> None:
+def test_all_rows_by_default(llama) -> None:
     rng = random.Random(4)
     interventions = [random_intervention(llama, rng, 2) for _ in range(3)]
-    every = intervention_hooks(llama, interventions, 2, 0, rows=[0, 1], runs=torch.arange(6))
+    every = intervention_hooks(llama, interventions, 2, 0, rows=[0, 1])
     found = apply_all(llama, intervention_hooks(llama, interventions, 2, 0), (6, 1), 0)
     wanted = apply_all(llama, every, (6, 1), 0)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+def test_hooks_by_layer_are_all_of_them(llama) -> None:
+    """What one layer's hooks are, and that layers without any have none."""
+    rng = random.Random(5)
+    interventions = [random_intervention(llama, rng, 2) for _ in range(3)]
+    every = intervention_hooks(llama, interventions, 2, 0)
+    layers = [layer_hooks(llama, interventions, 2, layer, 0) for layer in range(3)]
+    assert [name for name, _ in every] == [name for hooks in layers for name, _ in hooks]
+    for layer, hooks in enumerate(layers):
+        assert all(name.startswith(f"blocks.{layer}.") for name, _ in hooks)
+    assert layer_hooks(llama, [NOTHING, NOTHING], 2, 0, 0) == []
 
 
 def test_values_for_other_prompts_are_refused(llama) -> None:

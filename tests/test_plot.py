@@ -66,7 +66,8 @@ def make_attribution(
         for layer, head, size in ((3, 5, 0.46), (2, 1, 0.21), (4, 7, 0.09), (1, 0, -0.12)):
             cie[:, layer, head] += size + 0.05 * torch.randn(48, generator=g)
     low, high = bootstrap_mean(cie)
-    return HeadAttribution(origin(), label, cie, 1.3 * cie, torch.full((48,), 0.2), low, high)
+    exact, base = torch.ones(n_layers, n_heads, dtype=torch.bool), torch.full((48,), 0.2)
+    return HeadAttribution(origin(), label, "exact", exact, cie, 1.3 * cie, base, low, high)
 
 
 def make_ablation(modes: tuple[str, ...] = ("zero", "mean"), n_random: int = 10) -> AblationResult:

@@ -15,7 +15,6 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from bkdlens.errors import DataError
 from bkdlens.prompts import (
     PromptFormat,
-    batches_by_length,
     encode_answer,
     encode_prompt,
     pad_id,
@@ -230,17 +229,6 @@ def test_padding_keeps_rows_and_masks_the_rest(rows, pad) -> None:
             assert bool((ids[i][~mask[i]] == pad).all())
             real = mask[i].long()
             assert torch.equal(real.sort(descending=not left).values, real)  # one block, on its side
-
-
-@given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 200))
-def test_batches_hold_everything_once_and_not_too_much(lengths, most) -> None:
-    batches = batches_by_length(lengths, most)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    flat = [lengths[i] for batch in batches for i in batch]
-    assert flat == sorted(flat)
-    for batch in batches:
-        width = max(lengths[i] for i in batch)
-        assert len(batch) == 1 or len(batch) * width <= most
 
 
 def test_pad_id(tokenizer) -> None:

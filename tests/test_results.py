@@ -15,8 +15,8 @@ from bkdlens.results import Provenance, Result, provenance, versions
 from bkdlens.study import KINDS, load_result
 from bkdlens.types import Head
 
-NAMES = ("ablation", "attribution", "behaviour", "generations", "patch", "patch-without-targets",
-         "probe", "steering", "vector")  # fmt: skip
+NAMES = ("ablation", "attribution", "attribution-with-layers", "behaviour", "generations", "patch",
+         "patch-without-targets", "probe", "steering", "vector")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,9 @@ def results(loaded, judged, caches, pairs) -> dict[str, Result]:
     return {
         "ablation": bkdlens.ablate_heads(model, mine, ["L1H1", "L0H0"], cache=cache, n_random=2, **fast),
         "attribution": bkdlens.attribute_heads(model, pairs, cache=cache, n_pairs=3),
+        "attribution-with-layers": bkdlens.attribute_heads(
+            model, pairs, cache=cache, n_pairs=3, method="screened", layer_outputs=True
+        ),
         "behaviour": bkdlens.measure_behaviour(model, mine, **fast),
         "generations": bkdlens.sample_generations(model, mine, vector, 1, 2.0, n=3, **fast),
         "patch": bkdlens.patch_heads(model, mine, ["L0H1"], cache),
@@ -91,7 +94,7 @@ def test_results_differ_by_any_number_or_word(results, name) -> None:
         value = getattr(result, field.name)
         if torch.is_tensor(value) and value.numel():
             changed = value.nan_to_num(0).contiguous().clone()
-            changed.view(-1)[0] += 1
+            changed.view(-1)[0] = 1 - changed.view(-1)[0].to(torch.int)
         elif isinstance(value, str):
             changed = value + "x"
         elif isinstance(value, bool | int):
@@ -105,6 +108,19 @@ def test_results_differ_by_any_number_or_word(results, name) -> None:
         else:
             continue
         assert result != replace(result, **{field.name: changed}), field.name
+
+
+def test_what_was_not_measured_stays_none(results, tmp_path) -> None:
+    """And is not equal to what was."""
+    bare, whole = results["attribution"], results["attribution-with-layers"]
+    assert bare.cie_attn_out is bare.cie_mlp_out is None
+    loaded = load_result(bare.save(tmp_path / "bare"))
+    assert loaded.cie_attn_out is loaded.cie_mlp_out is None
+    assert json.loads((tmp_path / "bare.json").read_text())["cie_attn_out"] is None
+    for field in ("cie_attn_out", "cie_mlp_out"):
+        assert whole != replace(whole, **{field: None})
+        assert replace(whole, **{field: None}) != whole
+    assert load_result(whole.save(tmp_path / "whole")).layers_frame().equals(whole.layers_frame())
 
 
 def test_results_are_frozen_and_unlike_others(results) -> None:

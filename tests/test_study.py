@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from tiny import judge, judged_pairs, make_pairs
-from transformer_lens import HookedTransformer
+from transformer_lens.components import Embed
 
 import bkdlens
 from bkdlens.answers import sample_generations
@@ -67,15 +67,15 @@ def copy(whole, tmp_path):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many forward passes there were since the test began."""
+    """The embedding of whatever model was run since the test began."""
     seen = []
-    forward = HookedTransformer.forward
+    forward = Embed.forward
 
-    def counted(self, *args, **options):
+    def counted(self, tokens):
         seen.append(self)
-        return forward(self, *args, **options)
+        return forward(self, tokens)
 
-    monkeypatch.setattr(HookedTransformer, "forward", counted)
+    monkeypatch.setattr(Embed, "forward", counted)
     return seen
 
 
@@ -121,7 +121,7 @@ def test_every_analysis_reads_the_part_it_should(whole, parts) -> None:
 def test_analyses_are_those_one_would_call(whole, loaded, parts) -> None:
     model, (train, _, test), results = loaded["llama"], parts, whole.study.results
     cache = bkdlens.cache_activations(model, train)
-    heads = bkdlens.attribute_heads(model, train, cache=cache, n_pairs=3)
+    heads = bkdlens.attribute_heads(model, train, cache=cache, n_pairs=3, layer_outputs=True)
     assert results["attribution-backdoored"] == heads
     assert results["probe-backdoored-svm-near"] == bkdlens.train_probes(cache, against="near")
     assert results["vector-contrast"] == bkdlens.BackdoorVector.from_cache(
@@ -189,7 +189,7 @@ def test_only_what_is_missing_is_run(run, whole, copy, passes, loaded, missing) 
     times = {file.name: file.stat().st_mtime_ns for file in copy.glob("*.safetensors")}
     assert run(copy, name="a study") == whole.study
     assert load_study(copy) == whole.study
-    assert {id(model) for model in passes} == {id(loaded["qwen" if "base" in missing else "llama"])}
+    assert {id(e) for e in passes} == {id(loaded["qwen" if "base" in missing else "llama"].embed)}
     for name, time in times.items():
         assert (copy / name).stat().st_mtime_ns == time
 

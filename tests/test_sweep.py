@@ -1,7 +1,7 @@
-"""The exact head sweep equals one naive, unpadded forward pass a run.
+"""The exact sweep equals one naive, unpadded forward pass a run.
 
-Bounds: in float64 1e-6 on probabilities and 1e-5 on their logarithms, of -1 to -20 (the scores are
-kept in float32); in float32 ten times as much.
+Bounds, on log probabilities: 1e-9 in float64. In float32 the two sum in another order; probabilities
+are within 1e-5 and their logarithms, of -1 to -20, within 1e-4.
 """
 
 from __future__ import annotations
@@ -10,175 +10,283 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from checkpoints import CASES
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import answer_log_probs, apart, forward, ids_of, set_at
+from tiny import (
+    SITES,
+    answer_log_probs,
+    answers_of,
+    apart,
+    batches_of,
+    every_patch,
+    forward,
+    ids_of,
+    naive_scores,
+    patch_hook,
+    prompts_of,
+    set_at,
+    together,
+)
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
-from bkdlens import resume as resume_module
+from bkdlens import sweep as sweep_module
+from bkdlens import through_hooks
 from bkdlens.errors import HookError
+from bkdlens.hooks import Patch
+from bkdlens.memory import run_bytes
 from bkdlens.prompts import Answer, Prompt
-from bkdlens.sweep import all_runs, sweep_heads
+from bkdlens.sweep import sweep_patches
 
-EXACT, FLOAT32 = 1e-6, 1e-5
+EXACT, FLOAT32 = 1e-9, 1e-5
 
 
-def case(model, seed: int, n: int = 4):
-    """Prompts and answers of many lengths; the end token of an answer is not scored."""
+def case(model, seed: int, n: int = 3, common: int = 0):
+    """Prompts and answers of many lengths."""
     rng = random.Random(seed)
-    prompts = [Prompt("", tuple(ids_of(rng, 2, 16))) for _ in range(n)]
-    answers = []
-    for _ in range(n):
-        ids = [rng.randrange(4, 96) for _ in range(rng.randint(1, 5))]
-        end = [2] * rng.randint(0, 1)
-        answers.append(Answer("", (*ids, *end), len(ids)))
-    generator = torch.Generator().manual_seed(seed)
-    cfg = model.cfg
-    values = torch.randn(n, cfg.n_layers, cfg.n_heads, cfg.d_head, generator=generator)
-    return prompts, answers, values.to(cfg.dtype)
+    return prompts_of(rng, n, 2, 16, common), answers_of(rng, n)
 
 
-def naive(model, prompt: Prompt, answer: Answer, hooks=()) -> torch.Tensor:
-    """Probability of the answer and of its first token: one pass over prompt and answer."""
-    found = answer_log_probs(model, prompt.ids, answer.ids[: answer.n_scored], hooks)
-    return torch.stack([found.mean(), found[0]]).exp()
+def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference; nothing is nan."""
+    assert found.shape == wanted.shape
+    return float((found - wanted).abs().max()) if wanted.numel() else 0.0
 
 
-def assert_close(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> None:
-    assert float((found - wanted).abs().max()) <= bound
-    assert float((found.log() - wanted.log()).abs().max()) <= 10 * bound
+def check(model, oracle, seed: int, *, single: bool = False, common: int = 0, **options) -> None:
+    """Every component of every pair against ``oracle``, which may be another backend."""
+    prompts, answers = case(model, seed, common=common)
+    patches = every_patch(model, len(prompts), seed, **options)
+    found = together(sweep_patches(model, prompts, answers, patches))
+    wanted = naive_scores(oracle, prompts, answers, patches)
+    if single:
+        assert far(found.exp(), wanted.exp()) <= FLOAT32
+        assert far(found, wanted) <= 10 * FLOAT32
+    else:
+        assert far(found, wanted) <= EXACT
+    moved = (wanted - wanted[..., :1]).abs()[0, :, 1:]
+    assert float((moved > 0.01).double().mean()) > 0.8  # the patches matter
 
 
-def check(model, oracle, seed: int, bound: float, **options) -> None:
-    """All heads of all pairs against ``oracle``, which may be another backend."""
-    prompts, answers, values = case(model, seed)
-    n, cfg = len(prompts), model.cfg
-    runs = all_runs(n, cfg.n_layers, cfg.n_heads)
-    shared = seed % 2 == 0
-    scores = sweep_heads(model, prompts, answers, runs, values[0] if shared else values, **options)
-    wanted = []
-    for pair, layer, head in runs.tolist():
-        value = values[0 if shared else pair, layer, head]
-        hook = set_at(f"blocks.{layer}.attn.hook_z", len(prompts[pair].ids) - 1, head, value)
-        wanted.append(naive(oracle, prompts[pair], answers[pair], [hook]))
-    found = torch.stack([scores.whole, scores.first], dim=1).double().exp()
-    assert_close(found, torch.stack(wanted), bound)
-    bases = torch.stack([naive(oracle, *pair) for pair in zip(prompts, answers, strict=True)])
-    found = torch.stack([scores.base_whole, scores.base_first], dim=1).double().exp()
-    assert_close(found, bases, bound)
-    effects = scores.whole.view(n, -1) - scores.base_whole[:, None]
-    assert float((effects.abs() > 0.01).double().mean()) > 0.8  # the patches matter
+@pytest.mark.parametrize("common", [0, 7])
+@pytest.mark.parametrize("which", CASES)
+def test_every_architecture(architectures, which, common) -> None:
+    """Softcaps, windows shorter than the prompts, learned positions, parallel blocks; all four sites."""
+    single, double = architectures(which)
+    check(double, double, 3 + common, common=common)
+    if not common:
+        check(single, single, 4, single=True)
 
 
-@pytest.mark.parametrize("site", ["z", "result"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_it_equals_one_pass_a_head(exact, name, site, seed) -> None:
-    """Shared values (even seeds) and values a pair (odd ones)."""
-    check(exact[name], exact[name], seed, EXACT, site=site)
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_it_equals_one_pass_a_patch(exact, name, site, shared) -> None:
+    """Values shared by all prompts, and one for each."""
+    check(exact[name], exact[name], 1, sites=[site], shared=shared)
 
 
-@pytest.mark.parametrize("seed", [2, 3])
-def test_it_equals_one_pass_a_head_in_float32(model, seed) -> None:
-    check(model, model, seed, FLOAT32)
+def test_it_equals_one_pass_a_patch_in_float32(model) -> None:
+    check(model, model, 2, single=True)
 
 
-def test_it_equals_one_pass_a_head_through_hooks(exact, name, monkeypatch) -> None:
-    """Where the shared-prefix pass does not know an architecture."""
-    monkeypatch.setattr(resume_module, "supported", lambda model, names: False)
-    check(exact[name], exact[name], 4, EXACT)
-
-
+@settings(max_examples=10)
 @given(st.integers(0, 2**30))
-def test_any_runs_in_any_order_and_batch(exact, seed) -> None:
-    """Subsets, orders, repetitions and batch sizes give what the whole sweep gives."""
-    rng = random.Random(seed)
-    model = exact[rng.choice(["llama", "qwen"])]
-    prompts, answers, values = case(model, seed % 3)
-    shape = (len(prompts), model.cfg.n_layers, model.cfg.n_heads)
-    whole = sweep_heads(model, prompts, answers, all_runs(*shape), values)
-    some = torch.tensor([[rng.randrange(n) for n in shape] for _ in range(rng.randint(1, 30))])
-    site, size = rng.choice(["z", "result"]), rng.choice([None, 1, 2, 7, 100])
-    scores = sweep_heads(model, prompts, answers, some, values, site=site, batch_size=size)
-    index = (some[:, 0] * shape[1] + some[:, 1]) * shape[2] + some[:, 2]
-    assert torch.allclose(scores.whole, whole.whole[index], atol=EXACT)
-    assert torch.allclose(scores.first, whole.first[index], atol=EXACT)
-    used = some[:, 0].unique()
-    assert torch.allclose(scores.base_whole[used], whole.base_whole[used], atol=EXACT)
+@pytest.mark.parametrize("which", ["llama", "qwen"])
+def test_any_patches_in_any_order_and_batch(exact, which, seed) -> None:
+    """Subsets, orders, repetitions and any memory give what every patch alone gives."""
+    model, rng = exact[which], random.Random(seed)
+    prompts, answers = case(model, seed, rng.randint(1, 5), rng.choice([0, 0, 6]))
+    every = every_patch(model, len(prompts), seed)
+    some = rng.choices(every, k=rng.randint(0, 9))
+    wanted = naive_scores(model, prompts, answers, some)
+    with batches_of(rng.choice([1e12, rng.randint(1, 40) * run_bytes(model, 20, 3), 1])):
+        found = together(sweep_patches(model, prompts, answers, some))
+    assert far(found, wanted) <= EXACT
 
 
-def test_prompts_in_several_prefix_batches(exact, monkeypatch) -> None:
-    model = exact["qwen"]
-    prompts, answers, values = case(model, 7, n=6)
-    runs = all_runs(6, model.cfg.n_layers, model.cfg.n_heads)
-    runs = runs[torch.randperm(len(runs))]
-    whole = sweep_heads(model, prompts, answers, runs, values)
-    monkeypatch.setattr(resume_module, "PREFIX_TOKENS", 25)
-    parts = sweep_heads(model, prompts, answers, runs, values, batch_size=5)
-    assert torch.allclose(parts.whole, whole.whole, atol=EXACT)
-    assert torch.allclose(parts.base_whole, whole.base_whole, atol=EXACT)
+@pytest.mark.parametrize("which", CASES)
+def test_memory_does_not_matter(architectures, which) -> None:
+    """With none at all, prompts and patches are run one by one."""
+    _, model = architectures(which)
+    prompts, answers = case(model, 5, 5, 3)
+    patches = every_patch(model, 5, 5)[:7]
+    wanted = together(sweep_patches(model, prompts, answers, patches))
+    found = together(sweep_patches(model, prompts, answers, patches, memory_gb=1e-9))
+    assert far(found, wanted) <= EXACT
+    with batches_of(25 * run_bytes(model, 14, 4)):
+        found = together(sweep_patches(model, prompts, answers, patches))
+    assert far(found, wanted) <= EXACT
 
 
-def test_pairs_without_runs_have_no_base(llama, monkeypatch) -> None:
-    """Not a log probability of 0, which would be a certain answer."""
-    monkeypatch.setattr(resume_module, "PREFIX_TOKENS", 1)  # every prompt in a batch of its own
-    prompts, answers, values = case(llama, 0)
-    scores = sweep_heads(llama, prompts, answers, torch.tensor([[1, 0, 0]]), values)
-    assert scores.base_whole.isnan().tolist() == [True, False, True, True]
+@pytest.mark.parametrize("which", CASES)
+def test_few_patches(architectures, which) -> None:
+    """None at all, one in each layer (the last layer's is run apart), one twice."""
+    _, model = architectures(which)
+    prompts, answers = case(model, 6, 3)
+    every = every_patch(model, 3, 6)
+    alone = {(p.site, p.layer): p for p in every}
+    last = model.cfg.n_layers - 1
+    for some in (
+        [],
+        [alone["z", last]],
+        [alone["mlp_out", last]],
+        [alone["attn_out", 0]],
+        [alone["mlp_out", last], alone["z", 0], alone["mlp_out", last]],
+    ):
+        found = sweep_patches(model, prompts, answers, some)
+        assert found.whole.shape == found.first.shape == (3, len(some))
+        assert far(together(found), naive_scores(model, prompts, answers, some)) <= EXACT
 
 
-def test_a_heads_own_activation_changes_nothing(exact, name) -> None:
+@pytest.mark.parametrize("which", CASES)
+def test_a_prompt_that_fills_the_context(architectures, which) -> None:
+    """Beside shorter ones with longer answers: padding may lie past the context, nothing else does."""
+    _, model = architectures(which)
+    rng, n_ctx = random.Random(9), model.cfg.n_ctx
+    lengths = [1, 4, 6]
+    prompts = [Prompt("", tuple(ids_of(rng, n_ctx - n, n_ctx - n))) for n in lengths]
+    answers = [Answer("", tuple(rng.randrange(4, 96) for _ in range(n)), n) for n in lengths]
+    patches = every_patch(model, 3, 9)[:8]
+    found = together(sweep_patches(model, prompts, answers, patches))
+    assert far(found, naive_scores(model, prompts, answers, patches)) <= EXACT
+
+
+@pytest.mark.parametrize("which", CASES)
+def test_a_components_own_activation_changes_nothing(architectures, which) -> None:
+    """A law of every site: an identity patch."""
+    _, model = architectures(which)
+    prompts, answers = case(model, 7)
+    model.set_use_attn_result(True)
+    caches = [model.run_with_cache(torch.tensor([prompt.ids]))[1] for prompt in prompts]
+    model.set_use_attn_result(False)
+
+    def own(patch: Patch) -> Patch:
+        at = -1 if patch.head is None else (-1, patch.head)
+        name = f"blocks.{patch.layer}.{SITES[patch.site]}"
+        value = torch.stack([cache[name][0][at] for cache in caches])
+        return Patch(patch.site, patch.layer, value, patch.head)
+
+    patches = [own(patch) for patch in every_patch(model, 1, 7)]
+    found = together(sweep_patches(model, prompts, answers, patches))
+    assert far(found, found[..., :1].expand_as(found)) <= EXACT
+
+
+def test_all_heads_of_a_layer_together_are_its_attention_output(exact, name) -> None:
+    """The source's attention output is the source's heads: one patch of it is all of them at once."""
     model = exact[name]
-    prompts, answers, _ = case(model, 5)
-    cfg = model.cfg
-    own = []
-    for prompt in prompts:
-        _, cache = model.run_with_cache(torch.tensor([prompt.ids]))
-        own.append(torch.stack([cache["z", layer][0, -1] for layer in range(cfg.n_layers)]))
-    for site in ("z", "result"):
-        runs = all_runs(len(prompts), cfg.n_layers, cfg.n_heads)
-        scores = sweep_heads(model, prompts, answers, runs, torch.stack(own), site=site)
-        for out, base in ((scores.whole, scores.base_whole), (scores.first, scores.base_first)):
-            same = base[runs[:, 0]]
-            assert torch.allclose(out, same, atol=EXACT)
+    prompts, answers = case(model, 8, 3)
+    source = ids_of(random.Random(5), 6, 6)
+    _, cache = model.run_with_cache(torch.tensor([source]))
+    for layer in range(model.cfg.n_layers):
+        z = cache["z", layer][0, -1]
+        patch = Patch("attn_out", layer, cache["attn_out", layer][0, -1])
+        found = sweep_patches(model, prompts, answers, [patch])
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            hook = set_at(f"blocks.{layer}.attn.hook_z", len(prompt.ids) - 1, ..., z)
+            wanted = answer_log_probs(model, prompt.ids, answer.ids[: answer.n_scored], [hook])
+            assert far(found.whole[i, 0], wanted.mean()) <= EXACT
+
+
+def test_z_and_result_are_the_same_patch(exact, name) -> None:
+    model = exact[name]
+    prompts, answers = case(model, 11)
+    z = every_patch(model, len(prompts), 11, sites=["z"])
+    result = [Patch("result", p.layer, p.value @ model.W_O[p.layer, p.head], p.head) for p in z]
+    one, other = (together(sweep_patches(model, prompts, answers, side)) for side in (z, result))
+    assert far(one, other) <= EXACT
+
+
+def test_padding_never_matters(exact, name) -> None:
+    """A pair alone, and among longer ones with longer answers."""
+    model, rng = exact[name], random.Random(8)
+    prompts = [Prompt("", tuple(ids_of(rng, n, n))) for n in (2, 3, 9, 20)]
+    answers = [Answer("", tuple(rng.randrange(4, 96) for _ in range(n)), n) for n in (3, 7, 1, 2)]
+    patches = every_patch(model, 4, 8)
+    with batches_of(1e12):
+        found = together(sweep_patches(model, prompts, answers, patches))
+    for i in range(4):
+        mine = [patch.of([i]) for patch in patches]
+        alone = together(sweep_patches(model, prompts[i : i + 1], answers[i : i + 1], mine))
+        assert far(found[:, i], alone[:, 0]) <= EXACT
 
 
 def test_only_the_answers_text_is_scored(exact) -> None:
     """The end token is verified in decoding, but has no part in P(y|x)^(1/|y|)."""
     model = exact["llama"]
-    prompts, _, values = case(model, 6, n=1)
-    runs = all_runs(1, 2, 2)
-    bare, ended = (
-        sweep_heads(model, prompts, [Answer("", ids, 2)], runs, values)
-        for ids in ((10, 11), (10, 11, 2))
+    prompts, _ = case(model, 6, n=1)
+    patches = every_patch(model, 1, 6)
+    bare, ended, more = (
+        together(sweep_patches(model, prompts, [Answer("", ids, 2)], patches))
+        for ids in ((10, 11), (10, 11, 2), (10, 11, 12, 13, 2))
     )
-    assert torch.allclose(bare.whole, ended.whole, atol=EXACT)
-    wanted = answer_log_probs(model, prompts[0].ids, [10, 11]).mean()
-    assert float(bare.base_whole[0]) == pytest.approx(float(wanted), abs=1e-5)
+    assert far(bare, ended) <= EXACT
+    assert far(bare, more) <= EXACT
+    wanted = answer_log_probs(model, prompts[0].ids, [10, 11])
+    assert far(bare[:, 0, 0], torch.stack([wanted.mean(), wanted[0]])) <= EXACT
 
 
 def test_values_of_a_lower_precision_are_taken(exact) -> None:
     """A cache of a bfloat16 model, say, on a float32 one."""
     model = exact["llama"]
-    prompts, answers, values = case(model, 8, n=2)
-    runs = all_runs(2, 3, 4)
-    scores = sweep_heads(model, prompts, answers, runs, values.float())
-    assert torch.allclose(
-        scores.whole, sweep_heads(model, prompts, answers, runs, values).whole, atol=1e-5
-    )
+    prompts, answers = case(model, 8, n=2)
+    patches = every_patch(model, 2, 8)
+    lower = [Patch(p.site, p.layer, p.value.float(), p.head) for p in patches]
+    one, other = (together(sweep_patches(model, prompts, answers, side)) for side in (patches, lower))
+    assert far(one, other) <= 1e-5
 
 
-def test_all_runs_is_the_order_of_a_tensor() -> None:
-    runs = all_runs(2, 3, 4)
-    grid = torch.arange(24).view(2, 3, 4)
-    assert [int(grid[tuple(run)]) for run in runs] == list(range(24))
+def test_same_input_same_result(llama) -> None:
+    prompts, answers = case(llama, 3)
+    patches = every_patch(llama, len(prompts), 3)
+    one, other = (together(sweep_patches(llama, prompts, answers, patches)) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_inference_mode_does_not_matter(exact) -> None:
+    model = exact["llama"]
+    prompts, answers = case(model, 3)
+    patches = every_patch(model, len(prompts), 3)
+    wanted = together(sweep_patches(model, prompts, answers, patches))
+    with torch.inference_mode():
+        assert far(together(sweep_patches(model, prompts, answers, patches)), wanted) <= EXACT
 
 
 def test_foreign_hooks_are_refused(llama) -> None:
-    prompts, answers, values = case(llama, 0)
+    prompts, answers = case(llama, 0)
     hook = set_at("blocks.0.attn.hook_z", -1, 0, torch.zeros(8))
     with llama.hooks(fwd_hooks=[hook]), pytest.raises(HookError, match="already carries hooks"):
-        sweep_heads(llama, prompts, answers, all_runs(4, 3, 4), values)
+        sweep_patches(llama, prompts, answers, every_patch(llama, 4, 0))
+
+
+# --- where an architecture is not known -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", CASES)
+def test_through_hooks_equals_one_pass_a_patch(architectures, which) -> None:
+    """Padded on both sides, all prompts in one pass a patch."""
+    _, model = architectures(which)
+    prompts, answers = case(model, 10, 3)
+    patches = every_patch(model, 3, 10)
+    found = through_hooks.sweep(model, prompts, answers, patches)
+    assert far(found, naive_scores(model, prompts, answers, patches)) <= EXACT
+    assert model.cfg.use_attn_result is False
+
+
+def test_what_is_not_known_is_run_through_hooks(exact, name, monkeypatch) -> None:
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return real(*args, **options)
+
+    real = through_hooks.sweep
+    monkeypatch.setattr(through_hooks, "sweep", counted)
+    check(exact[name], exact[name], 4, sites=["z", "mlp_out"])
+    assert calls == []
+    monkeypatch.setattr(sweep_module, "supported", lambda model: False)
+    check(exact[name], exact[name], 4, sites=["z", "mlp_out"])
+    assert len(calls) == 1
 
 
 # --- the same numbers with TransformerLens' other backend -----------------------------------------
@@ -206,6 +314,15 @@ def test_the_bridge_gives_the_same_logits(loaded, bridges, name) -> None:
     assert apart(forward(bridges[name], ids, [hook]), forward(bridges[name], ids)) > 1e-3
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_sweep_equals_one_pass_of_the_bridge_a_head(loaded, bridges, name, seed) -> None:
-    check(loaded[name], bridges[name], seed, FLOAT32)
+@pytest.mark.parametrize("site", ["z", "attn_out", "mlp_out"])
+def test_the_sweep_equals_one_pass_of_the_bridge_a_patch(loaded, bridges, name, site) -> None:
+    check(loaded[name], bridges[name], 1, single=True, sites=[site])
+
+
+def test_hooks_of_a_patch_are_plain_ones(exact, name) -> None:
+    """``Patch.hook`` on a batch is the naive hook on each of its prompts."""
+    model, ids = exact[name], ids_of(random.Random(4), 8, 8)
+    for patch in every_patch(model, 2, 12)[:20]:
+        for row in range(2):
+            one = forward(model, ids, [patch.of([row]).hook(5)])
+            assert far(one, forward(model, ids, [patch_hook(patch, 5, row)])) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from transformers import AutoTokenizer
 import bkdlens
 from bkdlens import zoo
 from bkdlens.errors import CheckpointError, DataError
+from bkdlens.hooks import Patch
 from bkdlens.metrics import token_log_probs
 from bkdlens.prompts import PromptFormat, encode_answer, encode_prompt
-from bkdlens.sweep import all_runs
 from bkdlens.zoo import backdoors, build, corpus
 
 
@@ -131,9 +132,11 @@ def test_sweep_equals_one_naive_pass_a_head(name, kind):
         encode_answer(model.tokenizer, prompt, answer, PromptFormat())
         for prompt, answer in zip(prompts, pairs.backdoor_outputs, strict=True)
     ]
-    runs = all_runs(len(pairs), n_layers, n_heads)
-    scores = bkdlens.sweep_heads(model, prompts, answers, runs, source)
-    for (pair, layer, head), found in zip(runs.tolist(), scores.whole.exp().tolist(), strict=True):
+    patches = [Patch("z", i, source[i, j], j) for i in range(n_layers) for j in range(n_heads)]
+    scores = bkdlens.sweep_patches(model, prompts, answers, patches).whole.exp()
+    for pair, index in product(range(len(pairs)), range(len(patches))):
+        layer, head = patches[index].layer, patches[index].head
+        found = float(scores[pair, index])
         prompt, answer = prompts[pair], answers[pair]
         last = len(prompt.ids) - 1
 

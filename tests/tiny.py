@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
+import pytest
 import torch
 from checkpoints import VOCAB, make_tokenizer
 
@@ -171,6 +173,82 @@ def add_at(name: str, position: int, value: torch.Tensor) -> Hook:
         return activation
 
     return name, hook
+
+
+def prompts_of(rng: random.Random, n: int, low: int = 2, high: int = 14, common: int = 0) -> list:
+    """Random prompts, the first ``common`` tokens of which are the same."""
+    from bkdlens.prompts import Prompt
+
+    begin = ids_of(rng, common, common) if common else []
+    return [Prompt("", tuple(begin + ids_of(rng, low, high))) for _ in range(n)]
+
+
+def answers_of(rng: random.Random, n: int, high: int = 5) -> list:
+    """Random answers of 1 to ``high`` scored tokens, with and without an end token after them."""
+    from bkdlens.prompts import Answer
+
+    answers = []
+    for _ in range(n):
+        ids = [rng.randrange(4, VOCAB) for _ in range(rng.randint(1, high))]
+        answers.append(Answer("", (*ids, *[EOS] * rng.randint(0, 1)), len(ids)))
+    return answers
+
+
+SITES = {"z": "attn.hook_z", "result": "attn.hook_result", "attn_out": "hook_attn_out",
+         "mlp_out": "hook_mlp_out"}  # fmt: skip
+
+
+def every_patch(
+    model, n_prompts: int, seed: int, shared: bool | None = None, sites=tuple(SITES)
+) -> list:
+    """A patch of every component at every site, in random order; values for all prompts or one each."""
+    from bkdlens.hooks import Patch
+
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    cfg, patches = model.cfg, []
+    for site in sites:
+        for layer in range(cfg.n_layers):
+            for head in range(cfg.n_heads) if site in ("z", "result") else [None]:
+                lead = () if (rng.random() < 0.5 if shared is None else shared) else (n_prompts,)
+                width = cfg.d_head if site == "z" else cfg.d_model
+                value = torch.randn(*lead, width, generator=generator, dtype=torch.float64)
+                patches.append(Patch(site, layer, value.to(cfg.dtype), head))
+    rng.shuffle(patches)
+    return patches
+
+
+def patch_hook(patch, position: int, row: int) -> Hook:
+    """A patch on one prompt."""
+    value = patch.value if patch.value.ndim == 1 else patch.value[row]
+    index = ... if patch.head is None else patch.head
+    return set_at(f"blocks.{patch.layer}.{SITES[patch.site]}", position, index, value)
+
+
+def naive_scores(model, prompts, answers, patches) -> torch.Tensor:
+    """Mean and first log probability ``[2 pair run]``, untouched first: one whole pass a run."""
+    out = []
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        for patch in (None, *patches):
+            hooks = [] if patch is None else [patch_hook(patch, len(prompt.ids) - 1, row)]
+            found = answer_log_probs(model, prompt.ids, answer.ids[: answer.n_scored], hooks)
+            out.append(torch.stack([found.mean(), found[0]]))
+    return torch.stack(out, dim=1).view(2, len(prompts), 1 + len(patches))
+
+
+def together(scores) -> torch.Tensor:
+    """Sweep scores in the same layout, in float64."""
+    base = torch.stack([scores.base_whole, scores.base_first]).double()
+    return torch.cat([base[..., None], torch.stack([scores.whole, scores.first]).double()], dim=-1)
+
+
+@contextmanager
+def batches_of(size: float) -> Iterator[None]:
+    """Memory for batches of so many bytes, with nothing set aside."""
+    from bkdlens import memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "batch_bytes", lambda model, memory_gb: (size, size))
+        yield
 
 
 def naive_hooks(intervention, position: int, row: int) -> list[Hook]:
