@@ -26,11 +26,11 @@ from transformers.utils import logging
 from bkdlens import zoo
 from bkdlens.architectures import architecture, hooked_config
 from bkdlens.errors import CheckpointError
+from bkdlens.types import HUB_ID
 
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FORMS = (
     'give a folder ("./runs/model"), a Hugging Face Hub id ("org/name"), '
     f"an embedded model ({', '.join(zoo.MODELS)}) or a live model"
