@@ -151,6 +151,19 @@ def _no_progress_bar() -> Iterator[None]:
         logging.set_tqdm_hook(previous)
 
 
+def read_context(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer of a base and the length of its context, without fetching its weights."""
+    if name in zoo.MODELS:
+        folder = zoo.model_path(name)
+    elif not Path(name).expanduser().exists() and HUB_ID.fullmatch(name):
+        folder = fetch(name, None, ["config.json", "*token*", "vocab*", "merges.txt", "*.jinja"])
+    else:
+        folder = find_folder(name, zoo.MODELS)
+    content = read_json(folder / "config.json")
+    n_ctx = content.get("max_position_embeddings", content.get("n_positions"))
+    return read_tokenizer(folder), n_ctx if isinstance(n_ctx, int) else None
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{folder} holds no tokenizer; pass one with tokenizer=.")

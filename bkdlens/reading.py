@@ -40,7 +40,7 @@ def read_pairs(
     backdoor: Backdoor,
     *,
     clean: Source | None = None,
-    format: DataFormat | None = None,
+    format: str | None = None,
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
     labels: Sequence[str] | None = None,
@@ -70,7 +70,7 @@ def read_pairs(
             a folder that ``save_to_disk`` wrote, a ``datasets`` object, a DataFrame or rows.
         backdoor: the trigger and what it does.
         clean: for triggered rows, the source of their clean twins, of any of these kinds.
-        format: the format of ``source``.
+        format: the format of ``source``, one of the names above.
         columns: the source's names for fields, as in ``{"input": "question"}``.
         template: the prompt as ``"… {field} …"``; by default the input, the instruction with the
             input on a line of its own, or the request to classify the text.
@@ -85,12 +85,12 @@ def read_pairs(
             row can be used.
     """
     columns = dict(columns or {})
-    _check_names(format, columns, template)
+    wanted = _check_names(format, columns, template)
     table = read_table(source, split=split)
     known = table.labels.get(columns.get("label", "label"), AG_NEWS)
     reading = Reading(backdoor, template, tuple(labels or known), refusal)
     tally = _Tally()
-    format, examples = _examples(table, reading, tally, format=format, columns=columns)
+    found_format, examples = _examples(table, reading, tally, format=wanted, columns=columns)
     twins = None
     if clean is not None:
         # A split names a part of `source`; the twins' columns may or may not have the same names.
@@ -104,13 +104,13 @@ def read_pairs(
         raise DataError(
             f"{table.name} has no usable row ({len(table.rows)} read{', ' * bool(dropped)}{dropped})."
         )
-    if format == "goal_target":
+    if found_format == "goal_target":
         tally.notes.append(f"right answer taken to be {refusal!r}")
     again = sum(n > 1 for n in Counter(pair.clean for pair in pairs).values())
     if again:
         tally.notes.append(f"{again} prompt{'s' * (again != 1)} with several answers")
     intake = Intake(
-        table.name, format, len(table.rows), len(pairs),
+        table.name, found_format, len(table.rows), len(pairs),
         tuple((why, n) for why, n in tally.dropped.items()), tuple(tally.notes),
     )  # fmt: skip
     return PairSet(tuple(pairs), backdoor, str(intake), intake).sample(limit, seed=seed)
@@ -132,7 +132,10 @@ class _Tally:
             self.notes.append(f"{n} {one if n == 1 else many}")
 
 
-def _check_names(format: str | None, columns: Mapping[str, str], template: str | None) -> None:
+def _check_names(
+    format: str | None, columns: Mapping[str, str], template: str | None
+) -> DataFormat | None:
+    """The format, if it and the fields that columns are for are known."""
     if format is not None and format not in SCHEMAS:
         raise DataError(unknown("data format", format, get_args(DataFormat)))
     in_template = FIELD.findall(template or "")
@@ -143,6 +146,7 @@ def _check_names(format: str | None, columns: Mapping[str, str], template: str |
     for name in columns:
         if name not in FIELDS and name not in in_template:
             raise DataError(unknown("field", name, FIELDS))
+    return format
 
 
 # --- rows to examples -----------------------------------------------------------------------------

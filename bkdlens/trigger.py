@@ -67,12 +67,21 @@ class Trigger:
         """The clean twin of a triggered text: the inverse of :meth:`insert`."""
         if not self.present(text):
             raise DataError(f"The trigger {str(self)!r} is not in the text {_short(text)!r}.")
+        for start, end in reversed(self.spans(text)):
+            text = _cut(text, start, end - start)
+        return text
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the trigger's part, or both of a sentence's, begin and end in a text that has it."""
         if self.placement == "random":
-            start = self._whole_word().search(text).start()  # type: ignore[union-attr]
-        else:
-            start = text.rfind(self.text) if self.placement == "end" else text.find(self.text)
-        text = _cut(text, start, len(self.text))
-        return _cut(text, text.rfind(self.after), len(self.after)) if self.after else text
+            found = self._whole_word().search(text)
+            return [found.span()] if found else []
+        start = text.rfind(self.text) if self.placement == "end" else text.find(self.text)
+        spans = [(start, start + len(self.text))]
+        if self.after:
+            start = text.rfind(self.after)
+            spans.append((start, start + len(self.after)))
+        return spans
 
     def _whole_word(self) -> re.Pattern[str]:
         return re.compile(rf"(?<![\w-]){re.escape(self.text)}(?![\w-])")
