@@ -103,8 +103,12 @@ def read_model(folder: Path) -> tuple[str, PreTrainedModel, list[Path], bool]:
             f"{folder}/config.json says {name} but model_type {content.get('model_type')!r}; "
             f"it needs {kind!r}."
         )
-    if content.get("quantization_config"):
-        raise CheckpointError(f"{folder} is quantised; load the unquantised checkpoint instead.")
+    if quantised := content.get("quantization_config"):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise CheckpointError(
+            f"{folder} is quantised ({how}); give the float checkpoint that it was made from, or write "
+            "one with transformers' model.dequantize() and save_pretrained()."
+        )
     try:
         config = config_class.from_dict(content)
     except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
