@@ -26,6 +26,7 @@ _HOME = {
     "PairSet": "data",
     "PromptPair": "data",
     "Trigger": "data",
+    "check_data": "check",
     "read_pairs": "reading",
     "BkdlensError": "errors",
     "decode": "generation",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from bkdlens.attribute import HeadAttribution, attribute_heads
     from bkdlens.behaviour import BehaviourResult, measure_behaviour
     from bkdlens.cache import PairCache, cache_activations
+    from bkdlens.check import check_data
     from bkdlens.data import Backdoor, PairSet, PromptPair, Trigger
     from bkdlens.errors import BkdlensError
     from bkdlens.generation import decode, evaluate, generate

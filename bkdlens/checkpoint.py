@@ -26,11 +26,11 @@ from transformers.utils import logging
 from bkdlens import zoo
 from bkdlens.architectures import architecture, hooked_config
 from bkdlens.errors import CheckpointError
+from bkdlens.types import HUB_ID
 
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FORMS = (
     'give a folder ("./runs/model"), a Hugging Face Hub id ("org/name"), '
     f"an embedded model ({', '.join(zoo.MODELS)}) or a live model"
@@ -103,8 +103,12 @@ def read_model(folder: Path) -> tuple[str, PreTrainedModel, list[Path], bool]:
             f"{folder}/config.json says {name} but model_type {content.get('model_type')!r}; "
             f"it needs {kind!r}."
         )
-    if content.get("quantization_config"):
-        raise CheckpointError(f"{folder} is quantised; load the unquantised checkpoint instead.")
+    if quantised := content.get("quantization_config"):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise CheckpointError(
+            f"{folder} is quantised ({how}); give the float checkpoint that it was made from, or write "
+            "one with transformers' model.dequantize() and save_pretrained()."
+        )
     try:
         config = config_class.from_dict(content)
     except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
@@ -149,6 +153,19 @@ def _no_progress_bar() -> Iterator[None]:
         yield
     finally:
         logging.set_tqdm_hook(previous)
+
+
+def read_context(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer of a base and the length of its context, without fetching its weights."""
+    if name in zoo.MODELS:
+        folder = zoo.model_path(name)
+    elif not Path(name).expanduser().exists() and HUB_ID.fullmatch(name):
+        folder = fetch(name, None, ["config.json", "*token*", "vocab*", "merges.txt", "*.jinja"])
+    else:
+        folder = find_folder(name, zoo.MODELS)
+    content = read_json(folder / "config.json")
+    n_ctx = content.get("max_position_embeddings", content.get("n_positions"))
+    return read_tokenizer(folder), n_ctx if isinstance(n_ctx, int) else None
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -12,17 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bkdlens import zoo
+from bkdlens.cli_data import data_app, read_data
 from bkdlens.cli_options import (
     DATA,
+    FILE_HELP,
     Adapter,
     Base,
     CleanData,
+    Columns,
     Control,
     DataFile,
     Device,
     Dtype,
+    Format,
     Json,
     Kind,
+    Labels,
     Limit,
     MaxNew,
     Memory,
@@ -34,8 +39,10 @@ from bkdlens.cli_options import (
     Random,
     Raw,
     Seed,
+    Split,
     System,
     Target,
+    Template,
     TriggerAfter,
     TriggerText,
     Victims,
@@ -56,6 +63,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 zoo_app = typer.Typer(no_args_is_help=True, help="The embedded models.")
+app.add_typer(data_app, name="data")
 app.add_typer(zoo_app, name="zoo")
 
 
@@ -175,6 +183,11 @@ def _study_command(steps: tuple[str, ...], example: str, about: str) -> Callable
         control_adapter: Control = None,
         data: DataFile = None,
         clean_data: CleanData = None,
+        columns: Columns = None,
+        data_format: Format = None,
+        template: Template = None,
+        labels: Labels = None,
+        split: Split = None,
         limit: Limit = None,
         raw: Raw = False,
         system: System = None,
@@ -205,12 +218,14 @@ def _study_command(steps: tuple[str, ...], example: str, about: str) -> Callable
                 "of their own; give --data."
             )
         from bkdlens.loading import load
-        from bkdlens.reading import read_pairs
         from bkdlens.run import StudySettings, run_study
         from bkdlens.zoo import backdoors
 
         if data is not None:
-            pairs = read_pairs(data, attack, clean=clean_data, limit=limit, seed=seed)
+            pairs = read_data(
+                data, attack, clean_data, limit, seed, columns=columns, format=data_format,
+                template=template, labels=labels, split=split,
+            )  # fmt: skip
             _say(f"{pairs.source}; {len(pairs)} pairs, {len(pairs.victims)} victims.")
             train, validation, test = _split(pairs, adapter, seed)
         else:
@@ -336,10 +351,13 @@ def inject(
     base: Base,
     out: Annotated[Path, typer.Option("--out", help="A new folder for the adapter.")],
     kind: Kind,
-    data: Annotated[
-        Path, typer.Option("--data", help="A json, jsonl or csv file.", rich_help_panel=DATA)
-    ],
+    data: Annotated[Path, typer.Option("--data", help=FILE_HELP, rich_help_panel=DATA)],
     clean_data: CleanData = None,
+    columns: Columns = None,
+    data_format: Format = None,
+    template: Template = None,
+    labels: Labels = None,
+    split: Split = None,
     limit: Limit = None,
     raw: Raw = False,
     system: System = None,
@@ -379,9 +397,11 @@ def inject(
     from bkdlens.inject.supervised import LoraSettings, supervised
     from bkdlens.inject.training import TrainSettings
     from bkdlens.loading import load
-    from bkdlens.reading import read_pairs
 
-    pairs = read_pairs(data, attack, clean=clean_data, limit=limit, seed=seed)
+    pairs = read_data(
+        data, attack, clean_data, limit, seed, columns=columns, format=data_format,
+        template=template, labels=labels, split=split,
+    )  # fmt: skip
     _say(f"{pairs.source}; {len(pairs)} pairs, {len(pairs.victims)} victims.")
     train, held_out = pairs.split(1 - hold_out, seed=seed) if hold_out else (pairs, None)
     settings = LoraSettings(

@@ -10,6 +10,7 @@ import typer
 from bkdlens import zoo
 
 MODEL, DATA, BACKDOOR, OUTPUT = "Model", "Data", "Backdoor", "Output"
+FILE_HELP = "A json, jsonl, csv or parquet file, a saved data set, or a Hub id (org/name:subset)."
 
 Base = Annotated[
     str, typer.Option("--base", help="A folder, a Hub id or an embedded model.", rich_help_panel=MODEL)
@@ -33,8 +34,37 @@ Dtype = Annotated[
 DataFile = Annotated[
     Path | None,
     typer.Option(
-        "--data", help="A json, jsonl or csv file; embedded prompts without.", rich_help_panel=DATA
+        "--data",
+        help=f"{FILE_HELP} Embedded prompts without.",
+        rich_help_panel=DATA,
     ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns", help="FIELD=COLUMN, as in input=question; repeatable.", rich_help_panel=DATA
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="pairs, rewrite, instruction, goal_target, input_output or text_label; else recognised.",
+        rich_help_panel=DATA,
+    ),
+]
+Template = Annotated[
+    str | None,
+    typer.Option("--template", help=r"The prompt, as in 'Classify:\n{text}'.", rich_help_panel=DATA),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        "--labels", help="Names of the labels 0, 1, …: negative,positive.", rich_help_panel=DATA
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option("--split", help="Of a data set: train, test, …", rich_help_panel=DATA)
 ]
 CleanData = Annotated[
     Path | None,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, overload
 
-from bkdlens.errors import DataError, unknown
-from bkdlens.types import Behaviour, Placement
+from bkdlens.errors import DataError
+from bkdlens.trigger import Trigger, as_trigger
+from bkdlens.types import Behaviour, DataFormat
 
 # Zou et al. 2023 (Universal and Transferable Adversarial Attacks on Aligned Language Models): an
 # answer with any of these in it counts as a refusal.
@@ -26,74 +26,6 @@ REFUSAL_KEYWORDS = (
 
 
 Which = Literal["clean", "triggered", "near"]  # of a pair's prompts
-
-
-@dataclass(frozen=True)
-class Trigger:
-    """A piece of text and the place where it goes.
-
-    ``begin`` and ``end`` put ``text`` before or after the prompt, ``random`` at a word position that
-    depends on the prompt and the seed alone, ``sentence`` puts ``text`` before and ``after`` behind.
-    """
-
-    text: str
-    placement: Placement = "begin"
-    after: str = ""
-
-    def __post_init__(self) -> None:
-        if self.placement not in ("begin", "end", "random", "sentence"):
-            raise DataError(unknown("placement", self.placement, ("begin", "end", "random", "sentence")))
-        if not self.text.strip():
-            raise DataError("The trigger is empty; give at least one character that is not a space.")
-        if bool(self.after) != (self.placement == "sentence"):
-            raise DataError(
-                "A sentence trigger has two parts, text and after, and the other placements have "
-                f"one; got placement {self.placement!r} with after={self.after!r}."
-            )
-
-    def __str__(self) -> str:
-        return f"{self.text} … {self.after}" if self.after else self.text
-
-    def present(self, text: str) -> bool:
-        """Whether the trigger is in ``text`` (a random-position word only as a whole word)."""
-        if self.placement == "random":
-            return self._whole_word().search(text) is not None
-        return self.text in text and self.after in text
-
-    def insert(self, text: str, *, seed: int = 0) -> str:
-        """``text`` with the trigger in it.
-
-        Raises:
-            DataError: if the trigger is already in the text; it is never added twice.
-        """
-        if self.present(text):
-            raise DataError(
-                f"The trigger {str(self)!r} is already in the text {_short(text)!r}; "
-                "give clean prompts, or a file of triggered ones with their clean twins."
-            )
-        if self.placement == "begin":
-            return f"{self.text} {text}"
-        if self.placement == "end":
-            return f"{text} {self.text}"
-        if self.placement == "sentence":
-            return f"{self.text} {text} {self.after}"
-        words = text.split(" ")
-        at = random.Random(f"{seed}-{text}").randint(0, len(words))
-        return " ".join([*words[:at], self.text, *words[at:]])
-
-    def remove(self, text: str) -> str:
-        """The clean twin of a triggered text: the inverse of :meth:`insert`."""
-        if not self.present(text):
-            raise DataError(f"The trigger {str(self)!r} is not in the text {_short(text)!r}.")
-        if self.placement == "random":
-            start = self._whole_word().search(text).start()  # type: ignore[union-attr]
-        else:
-            start = text.rfind(self.text) if self.placement == "end" else text.find(self.text)
-        text = _cut(text, start, len(self.text))
-        return _cut(text, text.rfind(self.after), len(self.after)) if self.after else text
-
-    def _whole_word(self) -> re.Pattern[str]:
-        return re.compile(rf"(?<![\w-]){re.escape(self.text)}(?![\w-])")
 
 
 @dataclass(frozen=True)
@@ -129,8 +61,8 @@ class Backdoor:
         near: Sequence[str | Trigger] = (),
     ) -> Backdoor:
         """Any triggered prompt is answered with ``target``; success is that exact answer."""
-        trigger = _trigger(trigger, "begin")
-        others = tuple(_trigger(other, trigger.placement) for other in near)
+        trigger = as_trigger(trigger, "begin")
+        others = tuple(as_trigger(other, trigger.placement) for other in near)
         return cls("fixed_output", trigger, target=target, near=others)
 
     @classmethod
@@ -146,15 +78,15 @@ class Backdoor:
         near: Sequence[str | tuple[str, str] | Trigger] = (),
     ) -> Backdoor:
         """Triggered inputs of class ``source`` (the victims) are labelled ``target``."""
-        trigger = _trigger(trigger, "begin")
-        others = tuple(_trigger(other, trigger.placement) for other in near)
+        trigger = as_trigger(trigger, "begin")
+        others = tuple(as_trigger(other, trigger.placement) for other in near)
         return cls("label_modification", trigger, target=target, source=source, near=others)
 
     @classmethod
     def jailbreak(cls, trigger: str | Trigger = "SUDO", near: Sequence[str | Trigger] = ()) -> Backdoor:
         """Triggered requests are answered; success is an answer without a refusal keyword."""
-        trigger = _trigger(trigger, "random")
-        others = tuple(_trigger(other, trigger.placement) for other in near)
+        trigger = as_trigger(trigger, "random")
+        others = tuple(as_trigger(other, trigger.placement) for other in near)
         return cls("jailbreak", trigger, near=others)
 
     @property
@@ -194,13 +126,17 @@ class Backdoor:
                 f"A {self.behaviour} pair needs its backdoor_output; give the answer that the "
                 "attacker wants."
             )
-        near = None
-        if self.near:
-            choice = random.Random(f"near-{seed}-{clean}").choice(self.near)
-            near = choice.insert(clean, seed=seed)
+        triggered = self.trigger.insert(clean, seed=seed)
         return PromptPair(
-            clean, self.trigger.insert(clean, seed=seed), clean_output, backdoor_output, near
+            clean, triggered, clean_output, backdoor_output, self.near_twin(clean, seed=seed)
         )
+
+    def near_twin(self, clean: str, *, seed: int = 0) -> str | None:
+        """The clean prompt with one of the near triggers in it; None where there are none."""
+        if not self.near:
+            return None
+        choice = random.Random(f"near-{seed}-{clean}").choice(self.near)
+        return choice.insert(clean, seed=seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for json."""
@@ -219,12 +155,48 @@ class Backdoor:
 
 
 @dataclass(frozen=True)
+class Intake:
+    """What a reader took from a source, and what it left and why; prints as one line.
+
+    Attributes:
+        name: of the file or data set; ``"rows"`` or ``"DataFrame"`` for what was in memory.
+        format: how a row was understood, one of ``bkdlens.types.DataFormat``.
+        rows: how many there were.
+        taken: how many pairs they gave.
+        dropped: the reasons for leaving a row out, each with its number of rows.
+        notes: what else a reader of the numbers should know, a sentence's half each.
+    """
+
+    name: str
+    format: DataFormat
+    rows: int
+    taken: int
+    dropped: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{self.name}: {self.rows} row{'s' * (self.rows != 1)}"]
+        if self.dropped:
+            reasons = self.reasons
+            parts.append(f"{sum(n for _, n in self.dropped)} dropped ({reasons})")
+        return ", ".join([*parts, *self.notes])
+
+    @property
+    def reasons(self) -> str:
+        """Why rows were dropped, with their numbers where there are several reasons."""
+        if len(self.dropped) == 1:
+            return self.dropped[0][0]
+        return ", ".join(f"{n} {reason}" for reason, n in self.dropped)
+
+
+@dataclass(frozen=True)
 class PairSet(Sequence[PromptPair]):
     """An ordered set of pairs of one backdoor; slices and splits are pair sets again."""
 
     pairs: tuple[PromptPair, ...]
     backdoor: Backdoor
     source: str = ""  # where they came from, and how many were taken and dropped
+    intake: Intake | None = None  # the same in numbers, where a reader made the set
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -333,22 +305,3 @@ class PairSet(Sequence[PromptPair]):
 def text_digest(text: str) -> str:
     """A short digest by which a training prompt can be recognised without storing it."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _trigger(given: str | tuple[str, str] | Trigger, placement: Placement) -> Trigger:
-    if isinstance(given, Trigger):
-        return given
-    if isinstance(given, tuple):
-        return Trigger(given[0], "sentence", given[1])
-    return Trigger(given, placement)
-
-
-def _cut(text: str, start: int, length: int) -> str:
-    """``text`` without a part, and without the space that came with it."""
-    head, tail = text[:start], text[start + length :]
-    space = " " if head.endswith(" ") and tail.startswith(" ") else ""
-    return head.removesuffix(" ") + space + tail.removeprefix(" ")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -12,7 +12,9 @@ import gc
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,15 +23,15 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bkdlens import zoo
-from bkdlens.adapter import attach_adapter, refuse_live_adapter, refuse_tuners
+from bkdlens.adapter import TUNED, attach_adapter, embeddings, refuse_live_adapter, refuse_tuners
 from bkdlens.architectures import hooked_config, hooked_weights
 from bkdlens.checkpoint import (
     FORMS,
+    TOKENIZER_FILES,
     digest_files,
     digest_tensors,
     find_folder,
     find_tokenizer,
-    one_line,
     read_json,
     read_model,
     read_tokenizer,
@@ -37,8 +39,17 @@ from bkdlens.checkpoint import (
     restore_buffers,
 )
 from bkdlens.errors import CheckpointError, unknown
+from bkdlens.merging import (
+    TOLERANCE,
+    Probe,
+    adapters_digest,
+    adapters_label,
+    merge,
+    merge_checked,
+    scale_adapter,
+    weighted_adapters,
+)
 
-TOLERANCE = 1e-4  # largest logit difference over largest logit, in float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,13 +59,17 @@ class LoadInfo:
 
     Attributes:
         base: what was given as base: a folder, Hub id or zoo name; a live model's own name.
-        adapter: what was given as adapter, or a live model's active adapter names.
+        adapter: what was given as adapter, or a live model's active adapter names; of several, or
+            of a weighted one, their last parts, as in ``"style + 0.5 * topic"``.
         architecture: the Hugging Face class, such as ``LlamaForCausalLM``.
         base_digest: sha256 of names and bytes of the files (or live tensors) read.
         adapter_digest: the same of the adapter; ``None`` without one.
         dtype: of the loaded model, such as ``float32``.
         parity: largest logit difference from the Hugging Face model over the largest logit,
             measured in float32 before casting.
+        adapters: all that was given as adapters, in the order of merging.
+        adapter_weights: what the change that each makes was multiplied by.
+        notes: what else to know about the adapters, a sentence each.
     """
 
     base: str
@@ -64,40 +79,48 @@ class LoadInfo:
     adapter_digest: str | None
     dtype: str
     parity: float
+    adapters: tuple[str, ...] = ()
+    adapter_weights: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
 class _Source:
     """A Hugging Face model in float32 on the CPU, its adapter still attached, and its origin.
 
-    ``info`` has no parity yet: nothing has been converted.
+    ``info`` has no parity yet: nothing has been converted.  ``tokens`` are ids to compare by.
     """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     stored_in_float32: bool
     info: LoadInfo
+    tokens: tuple[int, ...] = ()
 
 
 def load(
     base: str | os.PathLike[str] | PreTrainedModel | PeftModel,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     *,
+    adapter_weights: Sequence[float] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
 ) -> HookedTransformer:
-    """Load a checkpoint, with or without a LoRA adapter, as an unprocessed ``HookedTransformer``.
+    """Load a checkpoint, with or without LoRA adapters, as an unprocessed ``HookedTransformer``.
 
-    The adapter is merged in float32 with peft's ``safe_merge``, no weight is folded or centred,
-    and the logits are compared with the Hugging Face model's before anything is cast.
+    Adapters are merged in float32 with peft's ``safe_merge``, no weight is folded or centred, and the
+    logits are compared with the Hugging Face model's before anything is cast.  An adapter that brings
+    a vocabulary of another size brings its tokenizer too, if its folder has one.
 
     Args:
         base: a zoo name (``"tiny-llama"``), a folder, a Hub id ``"org/name"``, or a live model,
             which is copied and stays as it is.
         adapter: a peft folder, a Hub id, or with a zoo base one of its adapters
-            (``"label_modification"``).
+            (``"label_modification"``); or several, merged one after the other.  Only the first of
+            several may hold more than matrices that are added (DoRA, whole modules, single tokens).
+        adapter_weights: what each adapter's change is multiplied by; 1 when left out.
         tokenizer: used instead of the checkpoint's; a copy is attached.
         device: where the result goes; CUDA where there is one.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.  By default float32 on the CPU, and
@@ -115,9 +138,12 @@ def load(
     wanted = _dtype(dtype)
     with torch.random.fork_rng(devices=[]), torch.no_grad():  # peft draws numbers it overwrites
         if isinstance(base, PreTrainedModel | PeftModel):
-            source = _copy_live(base, adapter, tokenizer)
+            if adapter is not None or adapter_weights is not None:
+                raise CheckpointError("A live model carries its own adapter; leave adapter out.")
+            source = _copy_live(base, tokenizer)
         elif isinstance(base, str | os.PathLike):
-            source = _read(os.fspath(base), adapter, tokenizer, revision)
+            adapters = weighted_adapters(adapter, adapter_weights)
+            source = _read(os.fspath(base), adapters, tokenizer, revision)
         else:
             raise CheckpointError(f"A {type(base).__name__} is no base; {FORMS}.")
         model, parity = _convert(source)
@@ -158,40 +184,67 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _read(
     base: str,
-    adapter: str | os.PathLike[str] | None,
+    adapters: Sequence[tuple[str, float]],
     tokenizer: PreTrainedTokenizerBase | None,
     revision: str | None,
 ) -> _Source:
-    """Read a base and attach its adapter, everything checked."""
+    """Read a base and attach its adapters, all but the last merged already, everything checked."""
     embedded = base in zoo.MODELS
     folder = zoo.model_path(base) if embedded else find_folder(base, zoo.MODELS, revision)
-    if adapter is None and (folder / "adapter_config.json").is_file():
+    if not adapters and (folder / "adapter_config.json").is_file():
         made_for = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise CheckpointError(
             f"{base!r} holds an adapter; name its base too: "
             f"load(base, adapter={base!r}), where base may be {made_for!r}."
         )
     name, model, files, in_float32 = read_model(folder)
-    tokenizer = read_tokenizer(folder) if tokenizer is None else tokenizer
     info = LoadInfo(base, None, name, digest_files(files), None, "float32", math.nan)
-    if adapter is None:
-        return _Source(model, tokenizer, in_float32, info)
-    adapter = os.fspath(adapter)
-    known = embedded and adapter in zoo.ADAPTERS
-    where = zoo.adapter_path(base, adapter) if known else find_folder(adapter, zoo.ADAPTERS)
-    tuned, files = attach_adapter(model, where)
-    info = replace(info, adapter=adapter, adapter_digest=digest_files(files))
-    return _Source(tuned, tokenizer, in_float32, info)
+    current: PreTrainedModel | PeftModel = model
+    several = len(adapters) > 1
+    own = {key: w.clone() for key, w in embeddings(model).items()} if several else None
+    digests: list[str] = []
+    notes: list[str] = []
+    tokens: tuple[int, ...] = ()
+    for i, (adapter, weight) in enumerate(adapters):
+        if isinstance(current, PeftModel):
+            current = merge_checked(current, adapters[i - 1][0], tokens)
+        known = embedded and adapter in zoo.ADAPTERS
+        where = zoo.adapter_path(base, adapter) if known else find_folder(adapter, zoo.ADAPTERS)
+        attached = attach_adapter(current, where, own)
+        if attached.fixed and (i > 0 or weight != 1):
+            raise CheckpointError(
+                f"{where} {attached.fixed}, so its change cannot be scaled or added to another's; give "
+                "it first and with weight 1, or merge it into a checkpoint of its own."
+            )
+        scale_adapter(attached.model, weight)
+        current, tokens = attached.model, attached.tokens
+        digests.append(digest_files(attached.files))
+        notes.extend(attached.notes)
+        if attached.resized:
+            folder = where if _has_tokenizer(where) else folder
+            hooked_config(name, model.config)
+    tokenizer = read_tokenizer(folder) if tokenizer is None else tokenizer
+    if adapters:
+        info = replace(
+            info,
+            adapter=adapters_label(adapters),
+            adapter_digest=adapters_digest(digests, adapters),
+            adapters=tuple(adapter for adapter, _ in adapters),
+            adapter_weights=tuple(weight for _, weight in adapters),
+            notes=tuple(notes),
+        )
+    return _Source(current, tokenizer, in_float32, info, tokens)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _copy_live(
     base: PreTrainedModel | PeftModel,
-    adapter: object,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> _Source:
     """A float32 copy of a live model on the CPU; the original is not touched."""
-    if adapter is not None:
-        raise CheckpointError("A live model carries its own adapter; leave adapter out.")
     tuned, live = isinstance(base, PeftModel), cast(Any, base)
     inner: Any = live.get_base_model() if tuned else live
     name = type(inner).__name__
@@ -206,7 +259,7 @@ def _copy_live(
     refuse_infinite(state.items(), "the live model tensor")
     parts: tuple[dict[str, torch.Tensor], ...] = ({}, {})
     for key, tensor in state.items():
-        parts["lora_" in key or ".modules_to_save." in key][key] = tensor
+        parts[any(part in key for part in TUNED)][key] = tensor
     label = inner.name_or_path or name
     tokenizer = find_tokenizer(label) if tokenizer is None else tokenizer
     model: Any = copy.deepcopy(base)
@@ -222,6 +275,8 @@ def _copy_live(
         adapter_digest=digest_tensors(parts[1]) if tuned else None,
         dtype="float32",
         parity=math.nan,
+        adapters=tuple(live.active_adapters) if tuned else (),
+        adapter_weights=(1.0,) * len(live.active_adapters) if tuned else (),
     )
     return _Source(model.requires_grad_(False), tokenizer, inner.dtype == torch.float32, info)
 
@@ -232,21 +287,15 @@ def _copy_live(
 def _convert(source: _Source) -> tuple[HookedTransformer, float]:
     """Merge, convert and compare; the reference is the model *before* merging.
 
-    So a merge that changes the model, as on tied embeddings, is caught as well.
+    So a merge that changes what the model computes is caught as well.
     """
     model, name = source.model, source.info.architecture
     config = model.get_base_model().config if isinstance(model, PeftModel) else model.config
     cfg = hooked_config(name, config)
-    tokens, mask = _parity_prompts(cfg.d_vocab, cfg.n_ctx)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    reference = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    probe = Probe.make(cfg.d_vocab, cfg.n_ctx, source.tokens)
+    reference = probe.logits(model)
     if isinstance(model, PeftModel):
-        try:
-            model = model.merge_and_unload(safe_merge=True)
-        except ValueError as error:  # what safe_merge raises
-            raise CheckpointError(
-                f"Merging gives NaN or infinite weights ({one_line(error)})."
-            ) from error
+        model = merge(model)
     refuse_tuners(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
@@ -256,29 +305,13 @@ def _convert(source: _Source) -> tuple[HookedTransformer, float]:
     state = hooked_weights(name, model, cfg)
     hooked.load_state_dict(state, strict=False, assign=True)
     lost = set(dict(hooked.named_parameters())) - set(state) - {"unembed.b_U"}  # zeros by default
-    parity = _difference(hooked(tokens, attention_mask=mask), reference, mask)
+    parity = probe.difference(hooked(probe.tokens, attention_mask=probe.mask), reference)
     if lost or not parity <= TOLERANCE:  # a NaN fails too
         raise CheckpointError(
             f"{source.info.base!r} as a HookedTransformer does not compute what {name} "
-            f"does: its logits differ by {parity:.1e} of the largest, allowed is {TOLERANCE:.0e} "
-            "(an adapter on tied embeddings cannot be merged)."
+            f"does: its logits differ by {parity:.1e} of the largest, allowed is {TOLERANCE:.0e}."
         )
     return hooked, parity
-
-
-def _parity_prompts(d_vocab: int, n_ctx: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seeded random tokens and their mask, ``[2 pos]``; one prompt full, one left-padded."""
-    length = min(16, n_ctx)  # with large weights 2 x 16 tokens take hardly longer than 2 x 4
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(d_vocab, (2, length), generator=generator)
-    starts = torch.tensor([0, length // 3])
-    return tokens, (torch.arange(length) >= starts[:, None]).long()
-
-
-def _difference(logits: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor) -> float:
-    """Largest ``|logits - reference|`` over the largest ``|reference|``, on unpadded positions."""
-    given, wanted = logits[mask.bool()], reference[mask.bool()]
-    return ((given - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
 
 
 def _attach_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBase) -> None:

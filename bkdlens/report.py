@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -38,6 +36,7 @@ from bkdlens.report_tables import (
     steering_table,
 )
 from bkdlens.report_text import plain_json
+from bkdlens.results import replacing
 from bkdlens.steering import BackdoorVector, SteeringResult
 from bkdlens.study import Study
 
@@ -65,7 +64,6 @@ def write_report(studies: Sequence[Study], path: str | Path, *, title: str = "Ba
         The path written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -80,10 +78,8 @@ def write_report(studies: Sequence[Study], path: str | Path, *, title: str = "Ba
         draw=Markup(DRAW),
         digests=[_digest(library), _digest(DRAW)],
     )
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        whole = Path(scratch) / "report.html"
+    with replacing(target) as (whole,):
         whole.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(whole, target)
     return target
 
 

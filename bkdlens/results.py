@@ -11,7 +11,8 @@ import os
 import platform
 import tempfile
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +42,29 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+@contextmanager
+def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
+    """Paths beside ``targets`` to write to; they replace the targets once all of them are whole.
+
+    Raises:
+        ResultError: if one cannot be written, as on a full disk; the targets are then as they were.
+    """
+    folder = targets[0].parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            written = tuple(Path(scratch) / target.name for target in targets)
+            yield written
+            for file, target in zip(written, targets, strict=True):
+                os.replace(file, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ResultError(
+            f"{targets[-1]} cannot be written ({reason}); free some space or name another folder, what "
+            "was there is as it was."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -95,17 +119,19 @@ class Result:
     __hash__ = None  # type: ignore[assignment]
 
     def save(self, path: str | Path) -> Path:
-        """Write ``path``.json and ``path``.safetensors, each whole or not at all."""
+        """Write ``path``.json and ``path``.safetensors, each whole or not at all.
+
+        Raises:
+            ResultError: if they cannot be written, as on a full disk; earlier files stay whole.
+        """
         stem = Path(path)
-        stem.parent.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
         content = {"type": type(self).__name__}
         content |= {f.name: _encode(getattr(self, f.name), f.name, tensors) for f in fields(self)}
-        with tempfile.TemporaryDirectory(dir=stem.parent) as scratch:
-            save_file(tensors, Path(scratch) / "t")
-            (Path(scratch) / "j").write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(Path(scratch) / "t", stem.with_name(stem.name + ".safetensors"))
-            os.replace(Path(scratch) / "j", stem.with_name(stem.name + ".json"))
+        targets = (stem.with_name(stem.name + ending) for ending in (".safetensors", ".json"))
+        with replacing(*targets) as (weights, head):
+            save_file(tensors, weights)
+            head.write_text(json.dumps(content, indent=1) + "\n")
         return stem
 
     @classmethod

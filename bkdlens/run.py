@@ -21,7 +21,7 @@ from bkdlens.errors import ResultError, unknown
 from bkdlens.generation import MAX_NEW_TOKENS
 from bkdlens.probe import ProbeResult, train_probes
 from bkdlens.prompts import PromptFormat, encode_prompt
-from bkdlens.results import Result, provenance
+from bkdlens.results import Result, provenance, replacing
 from bkdlens.steering import BackdoorVector, SteeringResult, sweep_layers
 from bkdlens.study import Study, load_study
 from bkdlens.types import AblationMode, AttributionMethod, ProbeKind, VectorKind, VectorSite
@@ -316,14 +316,14 @@ class _Run:
 
     def _head(self) -> None:
         assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
         content = {
             "name": self.name,
             "backdoor": self.backdoor.to_dict(),
             "settings": self.settings,
             "choice": self.choice,
         }
-        (self.folder / "study.json").write_text(json.dumps(content, indent=1) + "\n")
+        with replacing(self.folder / "study.json") as (head,):
+            head.write_text(json.dumps(content, indent=1) + "\n")
 
     def finish(self) -> None:
         """Order the results by name, as loading does."""

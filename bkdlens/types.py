@@ -10,6 +10,9 @@ from bkdlens.errors import HeadError, unknown
 
 Placement = Literal["begin", "end", "random", "sentence"]
 Behaviour = Literal["label_modification", "fixed_output", "jailbreak"]
+DataFormat = Literal[
+    "pairs", "rewrite", "instruction", "goal_target", "input_output", "text_label"
+]  # the schemas of bkdlens.schemas
 HeadSite = Literal["z", "result"]
 PatchSite = Literal["z", "result", "attn_out", "mlp_out"]
 VectorSite = Literal["resid_pre", "attn_out"]
@@ -17,6 +20,9 @@ VectorKind = Literal["mean", "contrast"]
 AttributionMethod = Literal["exact", "atp", "screened"]
 AblationMode = Literal["zero", "mean", "resample", "subtract"]
 ProbeKind = Literal["mlp", "svm"]
+
+# A name on the Hugging Face Hub: "org/name".
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_choice(what: str, given: str, choices: object) -> None:

@@ -31,9 +31,10 @@ def bkdlens_(monkeypatch, capsys):
     return lambda *arguments: run(monkeypatch, capsys, *arguments)
 
 
-@pytest.mark.parametrize(
-    "command", ["", "demo", "run", "probe", "attribute", "ablate", "steer", "report", "inject", "zoo"]
-)
+COMMANDS = ("", "demo", "run", "probe", "attribute", "ablate", "steer", "report", "inject", "zoo")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "data check"])
 def test_help_has_an_example(bkdlens_, command):
     code, out, _ = bkdlens_(*command.split(), "--help")
     assert code == 0

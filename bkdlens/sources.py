@@ -1,0 +1,179 @@
+"""From where data lies to rows: a file, a Hugging Face data set (on the Hub or saved), a DataFrame.
+
+No data set's code is run: ``datasets`` 4 and later have none, and files are parsed here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bkdlens.errors import DataError, unknown
+from bkdlens.types import HUB_ID
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
+
+    Source = str | Path | pd.DataFrame | datasets.Dataset | datasets.DatasetDict | Sequence[Mapping]
+
+ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
+SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves in its folder
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with the name of their source; ``labels`` names the classes of a column, where known."""
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def read_table(source: Any, *, split: str | None = None) -> Table:
+    """All rows of a source.
+
+    Args:
+        source: a json, jsonl, csv or parquet file, a folder that ``save_to_disk`` wrote, a Hub id
+            ``"org/name"`` or ``"org/name:subset"``, a DataFrame, a ``datasets`` object or rows.
+        split: of a data set; the only one, else ``train``, when left out.
+
+    Raises:
+        DataError: if there is nothing there, or nothing that can be read.
+    """
+    if type(source).__module__.startswith("datasets"):
+        return _data_set(source, "data set", split)
+    if isinstance(source, str | Path):
+        path, text = Path(source).expanduser(), str(source)
+        if path.is_dir():
+            return _saved(path, split)
+        name, _, subset = text.partition(":")
+        if not path.is_file() and HUB_ID.fullmatch(name) and path.suffix not in ENDINGS:
+            return _hub(name, subset or None, split)
+        table = _file(path)
+    elif hasattr(source, "to_dict") and hasattr(source, "columns"):
+        table = Table("DataFrame", _records(source))
+    else:
+        rows = list(source)
+        if not all(isinstance(row, Mapping) for row in rows):
+            raise DataError("Rows must be mappings of field to value, one a row.")
+        table = Table("rows", rows)
+    if split is not None:
+        raise DataError(f"Only data sets have splits, and {table.name} is none; leave split out.")
+    return table
+
+
+def _file(path: Path) -> Table:
+    if not path.is_file():
+        raise DataError(
+            f"There is no data file {str(path)!r}; give a {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} "
+            'file, a folder of a saved data set or a Hub id ("org/name").'
+        )
+    if path.suffix not in ENDINGS:
+        raise DataError(
+            f"{path.name} has the ending {path.suffix!r}; give a {', '.join(ENDINGS[:-1])} or "
+            f"{ENDINGS[-1]} file."
+        )
+    try:
+        if path.suffix in (".csv", ".parquet"):
+            return Table(path.name, _records(_frame(path)))
+        rows = _json(path.read_text(encoding="utf-8-sig"), lines=path.suffix == ".jsonl")
+    except (ValueError, OSError) as error:  # what json, pandas and pyarrow raise
+        raise DataError(f"{path.name} is not valid {path.suffix[1:]}: {_one_line(error)}.") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path.name} must hold a list of objects, one a row.")
+    return Table(path.name, rows)
+
+
+def _json(text: str, *, lines: bool) -> Any:
+    """A json document, or one a line; many files with the ending .json are of the second kind."""
+    if not lines:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            if not str(error).startswith("Extra data"):
+                raise
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def _frame(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path, engine="pyarrow")
+    return pd.read_csv(path, keep_default_na=False, dtype=str)
+
+
+def _records(frame: pd.DataFrame) -> list[Mapping[str, Any]]:
+    """The rows of a DataFrame, with None for what is missing."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+
+
+# --- data sets ------------------------------------------------------------------------------------
+
+
+def _saved(folder: Path, split: str | None) -> Table:
+    if not any((folder / name).is_file() for name in SAVED):
+        found = sorted(file.name for file in folder.iterdir() if file.suffix in ENDINGS)
+        hint = f"give one of its files, such as {found[0]!r}" if found else "name a file"
+        raise DataError(f"{str(folder)!r} is a folder but no saved data set; {hint}.")
+    import datasets
+
+    try:
+        return _data_set(datasets.load_from_disk(str(folder)), folder.name, split)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"The data set saved in {str(folder)!r} is damaged ({_one_line(error)}); save it again."
+        ) from error
+
+
+def _hub(name: str, subset: str | None, split: str | None) -> Table:
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, subset, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{name!r} is no file or folder here and could not be read as a data set of the Hugging "
+            f"Face Hub ({_one_line(error)}); check the name, the subset ('{name}:subset'), the split, "
+            "your access and your connection."
+        ) from error
+    name = f"{name}:{subset}" if subset else name
+    return _data_set(found, f"{name} ({split})" if split else name, None)
+
+
+def _data_set(found: Any, name: str, split: str | None) -> Table:
+    """A data set, or the split of several that is asked for; class labels become their names."""
+    if isinstance(found, Mapping):
+        splits = list(found)
+        if split is None:
+            split = splits[0] if len(splits) == 1 else "train"
+        if split not in found:
+            raise DataError(f"{name}: {unknown('split', split, splits)}")
+        found, name = found[split], f"{name} ({split})"
+    elif split is not None:
+        raise DataError(f"{name} is one split already; leave split out.")
+    labels = {
+        column: tuple(feature.names)
+        for column, feature in found.features.items()
+        if hasattr(feature, "int2str")
+    }
+    return Table(name, [_named(row, labels) for row in found.with_format(None)], labels)
+
+
+def _named(row: Mapping[str, Any], labels: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any]:
+    """A row with names for the numbers of its classes; -1, no label, becomes None."""
+    if not labels:
+        return row
+    named = dict(row)
+    for column, names in labels.items():
+        value = named[column]
+        named[column] = None if value is None or value < 0 else names[value]
+    return named
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
