@@ -305,3 +305,19 @@ class PairSet(Sequence[PromptPair]):
 def text_digest(text: str) -> str:
     """A short digest by which a training prompt can be recognised without storing it."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Plain prompts where provenance wants a set of pairs."""
+
+    texts: tuple[str, ...]
+    source: str = "prompts"
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def digest(self) -> str:
+        """As of a set of pairs."""
+        return text_digest("\0".join(self.texts))

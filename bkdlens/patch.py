@@ -14,7 +14,7 @@ from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.utils import get_act_name
 
 from bkdlens.cache import PairCache, check_site
-from bkdlens.data import PairSet, text_digest
+from bkdlens.data import PairSet, Texts
 from bkdlens.errors import DataError, HookError
 from bkdlens.hooks import (
     HookFunction,
@@ -156,7 +156,7 @@ def patch_heads(
     position = -before.width
     with hooked(model, _hooks(model, chosen, z, site, position)):
         after = _score(model, encoded, target, fmt)
-    pairs_like = prompts if isinstance(prompts, PairSet) else _Texts(texts)
+    pairs_like = prompts if isinstance(prompts, PairSet) else Texts(tuple(texts))
     return PatchResult(
         provenance(model, pairs_like, fmt, 0, position="last prompt token, prefill only"),
         chosen, _name(source), site, tuple(texts), tuple(target) if target is not None else None,
@@ -197,21 +197,6 @@ def patched_heads(
     hooks = [(name, in_prefill(f)) for name, f in _hooks(model, chosen, z, site, -1)]
     with hooked(model, hooks):
         yield model
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """Plain prompts where provenance wants a set of pairs."""
-
-    texts: Sequence[str]
-    source: str = "prompts"
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    @property
-    def digest(self) -> str:
-        return text_digest("\0".join(self.texts))
 
 
 @dataclass(frozen=True, eq=False)

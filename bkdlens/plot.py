@@ -21,14 +21,18 @@ from bkdlens.plot_heads import acie_heatmap, attribution_controls, patch, sparsi
 from bkdlens.plot_probes import ilca_controls, ilca_heatmap, layer_accuracy
 from bkdlens.plot_steering import steering_at, steering_by_layer, vector
 from bkdlens.plot_style import TEMPLATE
+from bkdlens.plot_tokens import answer_strips, attention
 from bkdlens.probe import ProbeResult
 from bkdlens.results import Result
 from bkdlens.steering import BackdoorVector, SteeringResult
+from bkdlens.tokens import AnswerProbs, HeadPattern
 
 __all__ = [
     "TEMPLATE",
     "ablation_curve",
     "acie_heatmap",
+    "answer_strips",
+    "attention",
     "attribution_controls",
     "behaviour",
     "figure",
@@ -67,8 +71,12 @@ def figure(result: Result) -> go.Figure:
         return generations(result)
     if isinstance(result, PatchResult):
         return patch(result)
+    if isinstance(result, HeadPattern):
+        return attention(result)
+    if isinstance(result, AnswerProbs):
+        return answer_strips(result)
     kinds = (HeadAttribution, ProbeResult, AblationResult, SteeringResult, BackdoorVector,
-             BehaviourResult, Generations, PatchResult)  # fmt: skip
+             BehaviourResult, Generations, PatchResult, HeadPattern, AnswerProbs)  # fmt: skip
     raise ResultError(
         unknown("figure for a result of kind", type(result).__name__, [k.__name__ for k in kinds])
     )

@@ -18,14 +18,15 @@ from bkdlens.patch import PatchResult
 from bkdlens.probe import ProbeResult
 from bkdlens.results import Result, read_json
 from bkdlens.steering import BackdoorVector, SteeringResult
+from bkdlens.tokens import AnswerProbs, HeadPattern
 
 CONDITIONS = ("backdoored", "clean-adapter", "base")
 
 KINDS: dict[str, type[Result]] = {
     kind.__name__: kind
     for kind in (
-        AblationResult, BackdoorVector, BehaviourResult, Generations, HeadAttribution,
-        PatchResult, ProbeResult, SteeringResult,
+        AblationResult, AnswerProbs, BackdoorVector, BehaviourResult, Generations,
+        HeadAttribution, HeadPattern, PatchResult, ProbeResult, SteeringResult,
     )
 }  # fmt: skip
 

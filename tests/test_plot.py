@@ -22,6 +22,7 @@ from bkdlens.probe import ProbeResult
 from bkdlens.results import Provenance, Result
 from bkdlens.steering import BackdoorVector, SteeringResult
 from bkdlens.study import Study
+from bkdlens.tokens import AnswerProbs, HeadPattern
 from bkdlens.types import Head
 
 EVIL = "<script>alert(1)</script>"
@@ -131,6 +132,22 @@ def make_patch(targets: tuple[str, ...] | None = ("World", "World")) -> PatchRes
                        ("c", "d"))  # fmt: skip
 
 
+def make_pattern(token: str = "the") -> HeadPattern:
+    g = torch.Generator().manual_seed(5)
+    pattern = torch.rand(23, 23, generator=g).tril()
+    tokens = tuple(token if i % 3 else f"w{i}" for i in range(23))
+    trigger = torch.zeros(23, dtype=torch.bool)
+    trigger[[8, 9, 10, 11, 15]] = True
+    return HeadPattern(origin(), Head(3, 5), tokens, trigger, pattern / pattern.sum(1, keepdim=True))
+
+
+def make_answer_probs(token: str = "World", n: int = 4) -> AnswerProbs:
+    log_probs = -torch.rand(3, n, generator=torch.Generator().manual_seed(6))
+    runs = ("clean", "triggered", "clean, patched")
+    return AnswerProbs(origin(), f"{token} w1", runs, (token, *["w1"] * (n - 1)), log_probs,
+                       ((token, *["w2"] * (n - 1)),) * 3, log_probs / 2)  # fmt: skip
+
+
 def make_study(name: str = "tiny-llama, label modification", text: str = "World") -> Study:
     results: dict[str, Result] = {}
     for label in CONDITIONS:
@@ -152,7 +169,7 @@ def make_study(name: str = "tiny-llama, label modification", text: str = "World"
 
 EVERY = [
     make_behaviour, make_probe, make_attribution, make_ablation, make_vector, make_steering,
-    make_generations, make_patch,
+    make_generations, make_patch, make_pattern, make_answer_probs,
 ]  # fmt: skip
 
 
@@ -343,6 +360,38 @@ def test_behaviour_groups_by_condition_and_leaves_a_missing_rate_out() -> None:
     assert len(plot.behaviour([replace(results[0], attack_near=None)]).data[0].y) == 3
 
 
+def test_attention_reads_in_lines_with_the_trigger_outlined() -> None:
+    result = make_pattern()
+    fig = plot.attention(result)
+    (heat,) = fig.data
+    assert [len(row) for row in heat.z] == [10, 10, 10]
+    assert heat.z[1][5] == pytest.approx(100 * float(result.last[15]), abs=1e-5)
+    assert heat.z[2][3] is None  # no token
+    assert heat.text[1][5] == "<b>w15</b>"
+    assert heat.customdata[0][9][0] == 9
+    assert [(s.x0, s.x1, s.y0) for s in fig.layout.shapes] == [
+        (7.5, 9.5, -0.5), (-0.5, 1.5, 0.5), (4.5, 5.5, 0.5)
+    ]  # fmt: skip
+    assert f"{100 * result.on_trigger:.1f} % on the trigger" in fig.layout.title.subtitle.text
+    early = plot.attention(result, query=9)
+    assert early.data[0].z[0][9] == pytest.approx(100 * float(result.pattern[9, 9]), abs=1e-5)
+    assert len(early.data[0].z) == 1
+    none = plot.attention(replace(result, trigger=torch.zeros(23, dtype=torch.bool)))
+    assert "no trigger is marked" in none.layout.title.subtitle.text
+
+
+@pytest.mark.parametrize("n", [1, 4, 40])
+def test_answer_strips_are_per_cent_with_the_whole_beside_them(n) -> None:
+    result = make_answer_probs(n=n)
+    (heat,) = plot.answer_strips(result).data
+    assert (len(heat.z), len(heat.z[0])) == (3, n + 1)
+    assert heat.z[2][0] == pytest.approx(100 * float(result.log_probs[2, 0].exp()), abs=1e-4)
+    assert heat.z[1][-1] == pytest.approx(100 * float(result.whole[1]), abs=1e-4)
+    assert (heat.zmin, heat.zmax) == (0, 100)
+    assert "most probable here: World" in heat.customdata[0][0][2]
+    assert bool(heat.text[0][0]) == (n <= 16)
+
+
 def test_texts_of_models_and_files_are_escaped() -> None:
     figures = [
         make_generations(EVIL).plot(),
@@ -351,6 +400,8 @@ def test_texts_of_models_and_files_are_escaped() -> None:
         plot.layer_accuracy([replace(make_probe(), label=EVIL, against=EVIL)]),
         make_patch().plot(),
         make_patch(None).plot(),
+        make_pattern(EVIL).plot(),
+        make_answer_probs(EVIL).plot(),
     ]
     for fig in figures:
         assert EVIL not in str(fig.to_dict())
