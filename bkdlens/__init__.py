@@ -48,6 +48,7 @@ _HOME = {
     "SteeringResult": "steering",
     "steer": "steering",
     "sweep_layers": "steering",
+    "explore": "explorer",
     "Study": "study",
     "StudySettings": "run",
     "load_result": "study",
@@ -55,6 +56,10 @@ _HOME = {
     "run_study": "run",
     "Patch": "hooks",
     "sweep_patches": "sweep",
+    "AnswerProbs": "tokens",
+    "HeadPattern": "tokens",
+    "answer_probs": "tokens",
+    "head_pattern": "tokens",
     "Head": "types",
 }
 _MODULES = ("inject", "metrics", "plot", "zoo")
@@ -71,6 +76,7 @@ if TYPE_CHECKING:
     from bkdlens.check import check_data
     from bkdlens.data import Backdoor, PairSet, PromptPair, Trigger
     from bkdlens.errors import BkdlensError
+    from bkdlens.explorer import explore
     from bkdlens.generation import decode, evaluate, generate
     from bkdlens.hooks import Intervention, Patch, Vector
     from bkdlens.loading import load, load_info
@@ -84,6 +90,7 @@ if TYPE_CHECKING:
     from bkdlens.steering import BackdoorVector, SteeringResult, steer, sweep_layers
     from bkdlens.study import Study, load_result, load_study
     from bkdlens.sweep import sweep_patches
+    from bkdlens.tokens import AnswerProbs, HeadPattern, answer_probs, head_pattern
     from bkdlens.types import Head
 
 
