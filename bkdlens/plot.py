@@ -18,6 +18,7 @@ from bkdlens.patch import PatchResult
 from bkdlens.plot_ablation import ablation_curve
 from bkdlens.plot_behaviour import behaviour, generations
 from bkdlens.plot_heads import acie_heatmap, attribution_controls, patch, sparsity
+from bkdlens.plot_maps import steering_map
 from bkdlens.plot_probes import ilca_controls, ilca_heatmap, layer_accuracy
 from bkdlens.plot_steering import steering_at, steering_by_layer, vector
 from bkdlens.plot_style import TEMPLATE
@@ -44,6 +45,7 @@ __all__ = [
     "sparsity",
     "steering_at",
     "steering_by_layer",
+    "steering_map",
     "vector",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import plotly.graph_objects as go
@@ -25,6 +26,7 @@ from bkdlens.study import Study
 from bkdlens.tokens import AnswerProbs, HeadPattern
 from bkdlens.types import Head
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 EVIL = "<script>alert(1)</script>"
 LAYERS, HEADS = 6, 8
 CHOSEN = 2  # on validation; on the test pairs layer 3 does better
@@ -341,6 +343,37 @@ def test_steering_without_controls_or_with_one_sign() -> None:
     for fig in (bare.plot(), one):
         assert "no random controls" in fig.layout.title.subtitle.text
     assert make_steering(layers=(2,), coefficients=(1.0,)).plot().data
+
+
+def test_the_map_has_every_coefficient_by_layer_and_marks_what_chance_does_too() -> None:
+    result = make_steering()
+    fig = plot.steering_map(result)
+    attack, correct, clean = fig.data
+    assert list(attack.y) == ["−2", "−1", "+1", "+2"]
+    assert fig.layout.yaxis.autorange != "reversed"
+    assert attack.z[0][3] == pytest.approx(100 * result.rate("attack", 3, -2.0).value, abs=1e-3)
+    assert correct.z[2][3] == pytest.approx(100 * result.rate("correct", 3, 1.0).value, abs=1e-3)
+    assert clean.customdata[0][0][:2] == [int(result.clean[3, 0]), 240]
+    assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (0, 100)
+    for row, c in enumerate((3, 1, 0, 2)):
+        base = result.base_attack[result.coefficients[c] < 0]
+        for i in range(LAYERS):
+            draws = torch.cat([result.random_heads[c, i], result.random_vectors[c, i]])
+            inside = abs(int(result.attack[c, i]) - base) <= int((draws - base).abs().max())
+            assert ("○" in attack.text[row][i]) == inside
+    assert "random heads: " in attack.customdata[0][0][5]
+    assert "without a vector" in attack.hovertemplate
+    bare = plot.steering_map(make_steering(n_random=0))
+    assert "no random controls" in bare.layout.title.subtitle.text
+    assert not any("○" in text for row in bare.data[0].text for text in row)
+    wide = plot.steering_map(make_steering(layers=tuple(range(20)), n_random=0))
+    assert wide.data[0].text[0][0] == ""
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs a Chrome or Chromium")
+def test_a_figure_is_written_as_an_image(tmp_path) -> None:
+    make_attribution().plot().write_image(tmp_path / "heads.png")
+    assert (tmp_path / "heads.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_vector_is_sorted_by_size() -> None:
