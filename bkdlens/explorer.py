@@ -31,7 +31,7 @@ from bkdlens.exploring import (
     strips,
 )
 from bkdlens.plot_heads import acie_heatmap
-from bkdlens.plot_style import INK, cut, finish, model_note
+from bkdlens.plot_style import INK, MUTED, cut, finish, model_note
 from bkdlens.plot_tokens import answer_strips, attention
 from bkdlens.prompts import PromptFormat
 from bkdlens.types import Head, HeadLike, parse_heads
@@ -148,7 +148,7 @@ class Explorer(ipywidgets.VBox):
         self.computed = self._computed(models[0], backdoors[0])
         self._fit()
         figures = self._figures()
-        self.heatmap, self.strips, self.attention = (go.FigureWidget(fig) for fig in figures)
+        self.heatmap, self.strips, self.attention = (go.FigureWidget(_flat(fig)) for fig in figures)
         for figure in (self.heatmap, self.strips, self.attention):
             figure._config = figure._config | QUIET
         self.heatmap.data[0].on_click(self._on_click)
@@ -302,8 +302,20 @@ def effect_map(attribution: HeadAttribution, choice: Choice, heads: tuple[Head, 
     )  # fmt: skip
 
 
+def _flat(fig: go.Figure) -> go.Figure:
+    """The subtitle as lines of the title: a FigureWidget is measured before it is on the page, which
+    puts a subtitle over its title."""
+    title = fig.layout.title
+    fig.update_layout(
+        title={"text": f'{title.text}<br><span style="font-size:12px;color:{MUTED}">'
+               f"{title.subtitle.text}</span>", "subtitle": None}
+    )  # fmt: skip
+    return fig
+
+
 def _put(widget: go.FigureWidget, fig: go.Figure) -> None:
     """Show another figure of the same kind in the widget, its callbacks kept."""
+    fig = _flat(fig)
     with widget.batch_update():
         for old, new in zip(widget.data, fig.data, strict=True):
             old.update(new.to_plotly_json(), overwrite=True)

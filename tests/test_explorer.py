@@ -157,7 +157,7 @@ def test_texts_are_shown_as_text(llama) -> None:
     for text in everything:
         assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in explorer.texts.value
-    assert "&lt;script&gt;" in str(explorer.strips.layout.title.subtitle.text)
+    assert "&lt;script&gt;" in str(explorer.strips.layout.title.text)
 
 
 def test_menus_load_what_is_picked_and_say_what_fails(loaded, pairs) -> None:
