@@ -19,7 +19,6 @@ from transformer_lens.utils import get_act_name
 from bkdlens.attribute import HeadAttribution
 from bkdlens.cache import last_activations
 from bkdlens.data import PairSet, PromptPair
-from bkdlens.errors import HeadError
 from bkdlens.generation import generate
 from bkdlens.hooks import Patch, hooked, in_prefill
 from bkdlens.metrics import bootstrap_mean, sequence_log_prob, token_log_probs
@@ -278,15 +277,6 @@ def look(subject: Subject, row: int, head: Head) -> HeadPattern:
         subject.model, subject.pairs[row].triggered, head, trigger=subject.pairs.backdoor.trigger,
         fmt=subject.fmt,
     )  # fmt: skip
-
-
-def check_position(subject: Subject, position: int) -> None:
-    """Raise a ``HeadError`` for a position where the prompts are not alike."""
-    if not -subject.positions <= position <= -1:
-        raise HeadError(
-            f"The prompts end alike in {subject.positions} tokens only; give a position from -1 to "
-            f"-{subject.positions}."
-        )
 
 
 def _generate(subject: Subject, prompt: str) -> str:

@@ -21,7 +21,6 @@ from bkdlens.exploring import (
     Choice,
     activations,
     answer_patched,
-    check_position,
     effects,
     make_subject,
     new_z,
@@ -251,9 +250,6 @@ def test_positions_are_those_where_all_prompts_end_alike(subject, llama) -> None
     assert (subject.positions, subject.last_tokens) == (1, ("w5",))
     subject = make_subject(llama, ending_alike())
     assert subject.last_tokens == ("w5", "w78", "w77")
-    check_position(subject, -subject.positions)
-    with pytest.raises(HeadError, match="end alike"):
-        check_position(subject, -subject.positions - 1)
 
 
 def test_generating_under_a_patch_of_several_heads(subject, llama) -> None:
