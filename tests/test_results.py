@@ -15,7 +15,8 @@ from bkdlens.results import Provenance, Result, provenance, versions
 from bkdlens.study import KINDS, load_result
 from bkdlens.types import Head
 
-NAMES = ("ablation", "attribution", "attribution-with-layers", "behaviour", "generations", "patch",
+NAMES = ("ablation", "answer-probs", "attribution", "attribution-with-layers", "behaviour", "generations",
+         "head-pattern", "patch",
          "patch-without-targets", "probe", "steering", "vector")  # fmt: skip
 
 
@@ -26,6 +27,10 @@ def results(loaded, judged, caches, pairs) -> dict[str, Result]:
     fast = {"max_new_tokens": 4}
     vector = bkdlens.BackdoorVector.from_cache(cache, ["L0H1", "L2H2"], kind="contrast")
     return {
+        "answer-probs": bkdlens.answer_probs(model, pairs[0]),
+        "head-pattern": bkdlens.head_pattern(
+            model, pairs[0].triggered, "L1H1", trigger=pairs.backdoor.trigger
+        ),
         "ablation": bkdlens.ablate_heads(model, mine, ["L1H1", "L0H0"], cache=cache, n_random=2, **fast),
         "attribution": bkdlens.attribute_heads(model, pairs, cache=cache, n_pairs=3),
         "attribution-with-layers": bkdlens.attribute_heads(
@@ -94,7 +99,8 @@ def test_results_differ_by_any_number_or_word(results, name) -> None:
         value = getattr(result, field.name)
         if torch.is_tensor(value) and value.numel():
             changed = value.nan_to_num(0).contiguous().clone()
-            changed.view(-1)[0] = 1 - changed.view(-1)[0].to(torch.int)
+            first = changed.view(-1)[:1]
+            first.copy_(~first if first.dtype == torch.bool else first + 1)
         elif isinstance(value, str):
             changed = value + "x"
         elif isinstance(value, bool | int):
@@ -103,6 +109,8 @@ def test_results_differ_by_any_number_or_word(results, name) -> None:
             changed = replace(value, seed=value.seed + 1)
         elif isinstance(value, dict):
             changed = {**value, "more": ("a",)}
+        elif isinstance(value, Head):
+            changed = Head(value.layer + 1, value.head)
         elif isinstance(value, tuple):
             changed = value[::-1] if value[::-1] != value else value + value
         else:
