@@ -2,93 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from bkdlens.ablate import AblationResult
-from bkdlens.attribute import HeadAttribution
 from bkdlens.behaviour import BehaviourResult
+from bkdlens.claims_heads import say_attribution
 from bkdlens.metrics import Rate
-from bkdlens.probe import ProbeResult
 from bkdlens.report_text import (
     coefficient_text,
     join_words,
     percent,
     rate_text,
     short_rate,
-    signed,
     spread_text,
 )
-from bkdlens.results import Result
+from bkdlens.selection import (
+    HALF,
+    MAIN,
+    best_probe_layer,
+    by_condition,
+    chosen_layer,
+    fewest_heads,
+    probes_by_kind,
+    steering_layer,
+)
 from bkdlens.steering import SteeringResult
-from bkdlens.study import CONDITIONS, Study
-from bkdlens.types import Head
-
-R = TypeVar("R", bound=Result)
-MAIN = CONDITIONS[0]
-TOP_SHARE = 0.03  # the paper's 32 of 1,024 heads
-HALF = 0.5  # an attack counts as broken when so much of it or less is left
+from bkdlens.study import Study
 
 
 def claims(study: Study) -> list[str]:
     """What the study's results say, in plain sentences with their counts and controls."""
-    said: list[str] = []
-    for part in (_say_behaviour, _say_probes, _say_attribution, _say_ablation, _say_steering):
-        said += part(study)
-    return said
+    return [text for said in claims_by_part(study).values() for text in said]
 
 
-def by_condition(study: Study, prefix: str, kind: type[R]) -> dict[str, R]:
-    """The study's results of one kind by what follows the prefix, the main condition first."""
-    found = {
-        name.removeprefix(prefix): result
-        for name, result in study.results.items()
-        if name.startswith(prefix) and isinstance(result, kind)
-    }
-    order = {name: i for i, name in enumerate(CONDITIONS)}
-    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
-
-
-def probes_by_kind(study: Study) -> dict[tuple[str, str], dict[str, ProbeResult]]:
-    """Probes by (kind, against), each by condition."""
-    groups: dict[tuple[str, str], dict[str, ProbeResult]] = {}
-    for name, probe in by_condition(study, "probe-", ProbeResult).items():
-        condition = name.removesuffix(f"-{probe.kind}-{probe.against}")
-        groups.setdefault((probe.kind, probe.against), {})[condition] = probe
-    order = {name: i for i, name in enumerate(CONDITIONS)}
-    return {
-        key: dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
-        for key, found in sorted(groups.items(), key=lambda item: item[0][::-1])
-    }
-
-
-def best_probe_layer(probe: ProbeResult) -> int:
-    """The layer that is best on the validation prompts, so that the test rate is not selected."""
-    return int(probe.validation.argmax())
-
-
-def chosen_layer(study: Study, result: SteeringResult) -> int | None:
-    """The layer chosen on the validation pairs, where the study says one that was also tested."""
-    layer = study.choice.get("layer")
-    return layer if layer in result.layers else None
-
-
-def steering_layer(study: Study, result: SteeringResult) -> int:
-    """The layer whose numbers are the study's: the chosen one, or else the best of the result."""
-    chosen = chosen_layer(study, result)
-    if chosen is not None:
-        return chosen
-    sizes = [c for c in result.coefficients if c > 0 and -c in result.coefficients]
-    if sizes:
-        return result.best_layer(sizes[0])
-    return result.layers[int(result.shift.amax(0).argmax())]
-
-
-def fewest_heads(result: AblationResult, mode: str) -> int | None:
-    """The smallest number of heads that leaves at most half of the attack."""
-    start = result.rate("attack", mode, 0).value if 0 in result.counts else 1.0
-    limit = HALF * start
-    hit = [n for n in result.counts if n and result.rate("attack", mode, n).value <= limit]
-    return hit[0] if hit and start else None
+def claims_by_part(study: Study) -> dict[str, list[str]]:
+    """The same by analysis, those that were run."""
+    parts = {
+        "behaviour": _say_behaviour, "probe": _say_probes, "attribution": say_attribution,
+        "ablation": _say_ablation, "steering": _say_steering,
+    }  # fmt: skip
+    said = {name: say(study) for name, say in parts.items()}
+    return {name: sentences for name, sentences in said.items() if sentences}
 
 
 def _say_behaviour(study: Study) -> list[str]:
@@ -148,43 +100,6 @@ def _say_probes(study: Study) -> list[str]:
             ) + "."  # fmt: skip
         said.append(text)
     return said
-
-
-def _say_attribution(study: Study) -> list[str]:
-    found = by_condition(study, "attribution-", HeadAttribution)
-    if MAIN not in found:
-        return []
-    main = found[MAIN]
-    n_pairs, n = main.cie.shape[0], main.acie.numel()
-    if not float(main.acie.max()) > 0:
-        text = f"No head raises the probability of the backdoor's answer (n = {n_pairs} pairs)."
-    else:
-        few = max(1, round(TOP_SHARE * n))
-        some = min(8, n)
-        share = main.concentration
-        top = main.top(1)[0]
-        text = (
-            f"The strongest head is {top} with ACIE {signed(main.acie[top])} "
-            f"[{signed(main.low[top])}, {signed(main.high[top])}] over {n_pairs} pairs. "
-            f"{few} of {n} heads carr{'ies' if few == 1 else 'y'} {percent(share[few - 1])} of the "
-            f"positive effect, where equal shares would be {percent(few / n)}; the first {some} carry "
-            f"{percent(share[some - 1])} (equal shares: {percent(some / n)})."
-        )
-    said = [
-        f"{name} {float(a.acie.abs().max()):.2g} ({_strongest(a)})"
-        for name, a in found.items() if name != MAIN
-    ]  # fmt: skip
-    if said:
-        text += (
-            f" Largest |ACIE| of the controls: {', '.join(said)}; of the backdoored model "
-            f"{float(main.acie.abs().max()):.2g}."
-        )
-    return [text]
-
-
-def _strongest(attribution: HeadAttribution) -> Head:
-    n_heads = attribution.acie.shape[1]
-    return Head(*divmod(int(attribution.acie.abs().flatten().argmax()), n_heads))
 
 
 def _say_ablation(study: Study) -> list[str]:

@@ -47,6 +47,7 @@ from bkdlens.cli_options import (
     TriggerText,
     Victims,
 )
+from bkdlens.cli_show import show
 from bkdlens.errors import BkdlensError, unknown
 from bkdlens.types import AblationMode, AttributionMethod, check_choice
 
@@ -337,13 +338,16 @@ def report(
     out: Annotated[Path, typer.Option("--out", help="The html file.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
-    """One offline html file of one or several run folders.
+    """One offline html file of one or several run folders; two are laid side by side.
 
     Example: `bkdlens report runs/x demo/tiny-llama/jailbreak --out both.html`
     """
     from bkdlens.study import load_study
 
     _finish([load_study(folder) for folder in runs], out, as_json)
+
+
+app.command()(show)
 
 
 @app.command()

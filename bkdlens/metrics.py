@@ -80,6 +80,18 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return low, high
 
 
+def difference(a: Rate, b: Rate) -> tuple[float, float, float]:
+    """``b - a`` of two shares with its 95 % interval (Newcombe 1998, method 10, from Wilson's).
+
+    It takes the two samples as independent; for the same prompts in both it is on the wide side.
+    """
+    (low_a, high_a), (low_b, high_b) = a.interval, b.interval
+    change = b.value - a.value
+    below = math.hypot(b.value - low_b, high_a - a.value)
+    above = math.hypot(high_b - b.value, a.value - low_a)
+    return change, change - below, change + above
+
+
 def bootstrap_mean(
     values: Float[Tensor, " n *rest"], *, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:

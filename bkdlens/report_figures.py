@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import plotly.graph_objects as go
 from markupsafe import Markup
+
+from bkdlens.report_data import DataLink, DataStore
+from bkdlens.results import Result
 
 # Draws a figure when it comes near the window, all of them before printing, and fits them to paper.
 DRAW = """
@@ -32,6 +36,10 @@ if ("IntersectionObserver" in window) {
   }, {rootMargin: "600px"});
   boxes.forEach(box => observer.observe(box));
 } else boxes.forEach(draw);
+for (const link of document.querySelectorAll("a[data-csv]")) {
+  const text = document.getElementById(link.dataset.csv).content.textContent;
+  link.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
+}
 window.addEventListener("beforeprint", () => {
   document.body.classList.add("paper");
   for (const fold of document.querySelectorAll("details.record")) fold.open = true;
@@ -57,16 +65,30 @@ class Figure:
     height: int
     min_width: int
     data: Markup
+    links: tuple[DataLink, ...] = ()  # to the numbers behind it
 
 
 class Drawer:
     """Figures of one study, numbered."""
 
-    def __init__(self, anchor: str) -> None:
-        self.anchor, self.n = anchor, 0
+    def __init__(self, anchor: str, store: DataStore) -> None:
+        self.anchor, self.store, self.n = anchor, store, 0
 
-    def __call__(self, fig: go.Figure, min_width: int | None = None, on: str = "") -> Figure:
-        """The figure for the page; ``on`` ends its title, and it scrolls below ``min_width``."""
+    def __call__(
+        self,
+        fig: go.Figure,
+        min_width: int | None = None,
+        on: str = "",
+        data: Mapping[str, Result] | None = None,
+    ) -> Figure:
+        """The figure for the page.
+
+        Args:
+            fig: from :mod:`bkdlens.plot`; its title and margins move to the page.
+            min_width: below it the figure scrolls sideways; by its columns for None.
+            on: ends the title.
+            data: the results behind it by name, which it links to.
+        """
         self.n += 1
         title, note = (
             _unmarked(text) for text in (fig.layout.title.text, fig.layout.title.subtitle.text)
@@ -84,7 +106,8 @@ class Drawer:
             text = text.replace(sign, code)
         if min_width is None:
             min_width = 260 * columns if columns > 1 else 0
-        return Figure(f"{self.anchor}-f{self.n}", title + on, note, height, min_width, Markup(text))
+        return Figure(f"{self.anchor}-f{self.n}", title + on, note, height, min_width, Markup(text),
+                      self.store.add(data or {}))  # fmt: skip
 
 
 def _unmarked(text: str | None) -> str:

@@ -11,7 +11,6 @@ import torch
 from bkdlens.ablate import AblationResult
 from bkdlens.attribute import HeadAttribution
 from bkdlens.behaviour import BehaviourResult
-from bkdlens.claims import MAIN, TOP_SHARE, by_condition, fewest_heads, steering_layer
 from bkdlens.metrics import Rate
 from bkdlens.probe import ProbeResult
 from bkdlens.report_text import (
@@ -23,8 +22,10 @@ from bkdlens.report_text import (
     signed,
     spread_text,
 )
+from bkdlens.selection import MAIN, TOP_SHARE, by_condition, fewest_heads, steering_layer
 from bkdlens.steering import SteeringResult
 from bkdlens.study import Study
+from bkdlens.types import Head
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ Rows: TypeAlias = list[list[Cell | str]]
 
 @dataclass(frozen=True)
 class Table:
-    """A table; ``folded`` ones open on demand, ``texts`` become cards on a phone."""
+    """A table; ``folded`` ones open on demand; on a phone ``texts`` become cards, ``fit`` ones wrap."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell | str]]
     folded: bool = False
     texts: bool = False
+    fit: bool = False
 
 
 def headline_table(study: Study) -> Table | None:
@@ -62,7 +64,7 @@ def headline_table(study: Study) -> Table | None:
         "clean accuracy",
     )
     rows: Rows = [
-        [r.label, _cell(r.asr), _cell(r.ftr), _cell(r.near), _cell(r.clean_accuracy)]
+        [r.label, rate_cell(r.asr), rate_cell(r.ftr), rate_cell(r.near), rate_cell(r.clean_accuracy)]
         for r in found.values()
     ]
     return Table("", columns, rows)
@@ -88,8 +90,8 @@ def overview_table(studies: Sequence[Study]) -> Table | None:
         if isinstance(test, SteeringResult):
             on, off = (_reached(study, test, sign) for sign in (1, -1))
         rows.append(
-            [study.name, _cell(main.asr) if main else "not run",
-             _cell(main.clean_accuracy) if main else "not run", top, _halving(study), on, off]
+            [study.name, rate_cell(main.asr) if main else "not run",
+             rate_cell(main.clean_accuracy) if main else "not run", top, _halving(study), on, off]
         )  # fmt: skip
     columns = ("study", "attack success", "clean accuracy", "top 3 % of heads carry",
                "heads to halve it", "attack, vector added",
@@ -110,14 +112,14 @@ def _reached(study: Study, test: SteeringResult, sign: int) -> Cell | str:
     if not chosen:
         return "not run"
     coefficient, layer = chosen[0], steering_layer(study, test)
-    cell = _cell(test.rate("attack", layer, coefficient))
+    cell = rate_cell(test.rate("attack", layer, coefficient))
     return Cell(cell.text, f"{cell.small} · {coefficient_text(coefficient)}, layer {layer}")
 
 
 def probe_table(probes: Sequence[ProbeResult]) -> Table:
     """One row a probe and layer."""
     rows: Rows = [
-        [probe.label, probe.kind.upper(), probe.against, str(layer), _cell(probe.rate(layer)),
+        [probe.label, probe.kind.upper(), probe.against, str(layer), rate_cell(probe.rate(layer)),
          f"{float(probe.auroc[layer]):.3f}", percent(probe.validation[layer]),
          percent(probe.few_shot[layer]), f"{float(probe.separation[layer]):.2f}"]
         for probe in probes for layer in range(len(probe.n_correct))
@@ -127,19 +129,51 @@ def probe_table(probes: Sequence[ProbeResult]) -> Table:
     return Table("Probe numbers by layer", columns, rows, folded=True)
 
 
-def head_table(main: HeadAttribution, others: Sequence[HeadAttribution]) -> Table:
-    """The first heads of ``main``, with what they do in the controls."""
-    rows: Rows = [
-        [str(rank), str(head),
-         Cell(signed(main.acie[head], 4),
-              f"{signed(main.low[head], 4)} to {signed(main.high[head], 4)}"),
-         signed(main.acie_first[head], 4), percent(main.concentration[rank - 1]),
-         *(signed(other.acie[head], 4) for other in others)]
-        for rank, head in enumerate(main.top(16), start=1)
-    ]  # fmt: skip
+def head_table(main: HeadAttribution, others: Sequence[HeadAttribution], top: int = 16) -> Table:
+    """The first heads of ``main``, with what they do in the controls; ≈ marks estimates."""
+    positive = main.acie.clamp(min=0)
+    total = float(positive.sum()) or 1.0
+    rows: Rows = []
+    so_far = 0.0
+    for rank, head in enumerate(main.top(top), start=1):
+        so_far += float(positive[head])
+        rows.append(
+            [str(rank), str(head),
+             Cell(_effect(main, head),
+                  f"{signed(main.low[head], 4)} to {signed(main.high[head], 4)}"),
+             signed(main.acie_first[head], 4), percent(so_far / total),
+             *(_effect(other, head) for other in others)]
+        )  # fmt: skip
     columns = ("rank", "head", "ACIE", "first token", "share so far",
                *(f"ACIE, {other.label}" for other in others))  # fmt: skip
-    return Table(f"Top heads of {main.label}", columns, rows)
+    estimated = "" if bool(main.exact.all()) else " (≈ estimated, not patched)"
+    return Table(f"Top heads of {main.label}{estimated}", columns, rows)
+
+
+def layer_table(main: HeadAttribution) -> Table | None:
+    """Whole attention and MLP outputs beside the heads' sum, where they were patched."""
+    if main.cie_attn_out is None or main.cie_mlp_out is None:
+        return None
+    frame = main.layers_frame()
+    sums = float(frame.attn_out.clip(lower=0).sum() + frame.mlp_out.clip(lower=0).sum()) or 1.0
+    sign = "≈ " if main.method == "atp" else ""
+    rows: Rows = [
+        [str(row.layer), signed(row.heads_sum, 4),
+         *(part for name in ("attn_out", "mlp_out") for part in (
+             Cell(sign + signed(getattr(row, name), 4),
+                  f"{signed(getattr(row, f'{name}_low'), 4)} to "
+                  f"{signed(getattr(row, f'{name}_high'), 4)}"),
+             percent(max(0.0, getattr(row, name)) / sums)))]
+        for row in frame.itertuples()
+    ]  # fmt: skip
+    columns = ("layer", "heads one by one, sum", "attention output, ACIE", "share",
+               "MLP output, ACIE", "share")  # fmt: skip
+    title = "Whole layer outputs (share: of the positive effects of all of them)"
+    return Table(title, columns, rows, folded=True)
+
+
+def _effect(attribution: HeadAttribution, head: Head) -> str:
+    return ("" if bool(attribution.exact[head]) else "≈ ") + signed(attribution.acie[head], 4)
 
 
 def ablation_table(result: AblationResult) -> Table:
@@ -147,7 +181,7 @@ def ablation_table(result: AblationResult) -> Table:
     measured = ("attack", "restored", "clean")
     n_groups = result.random_attack.shape[-1]
     rows: Rows = [
-        [mode, str(n), *(_cell(result.rate(what, mode, n)) for what in measured),
+        [mode, str(n), *(rate_cell(result.rate(what, mode, n)) for what in measured),
          *(_random_cell(result, what, mode, n) for what in measured if n_groups)]
         for mode in result.modes for n in result.counts
     ]  # fmt: skip
@@ -170,9 +204,9 @@ def steering_table(title: str, result: SteeringResult, layers: Sequence[int], *,
     ]  # fmt: skip
     rows: Rows = [
         [Cell(coefficient_text(c), f"{'clean' if c > 0 else 'triggered'} prompts"), str(layer),
-         _cell(Rate(result.base_attack[c < 0], n)), _cell(result.rate("attack", layer, c)),
-         _cell(Rate(result.base_correct[c < 0], n)), _cell(result.rate("correct", layer, c)),
-         _cell(result.rate("clean", layer, c)),
+         rate_cell(Rate(result.base_attack[c < 0], n)), rate_cell(result.rate("attack", layer, c)),
+         rate_cell(Rate(result.base_correct[c < 0], n)), rate_cell(result.rate("correct", layer, c)),
+         rate_cell(result.rate("clean", layer, c)),
          *(_draws_cell(draws[j, result.layers.index(layer)], n) for _, draws in controls)]
         for j, c in enumerate(result.coefficients) for layer in layers
     ]  # fmt: skip
@@ -199,7 +233,8 @@ def provenance_table(study: Study) -> Table | None:
     return Table("", columns, rows) if rows else None
 
 
-def _cell(rate: Rate | None) -> Cell:
+def rate_cell(rate: Rate | None) -> Cell:
+    """A rate in per cent, over its interval and count; a dash for None."""
     if rate is None:
         return Cell("–")
     return Cell(percent(rate.value), f"{interval_text(rate)} · {rate.successes}/{rate.n}")

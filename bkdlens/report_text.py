@@ -19,6 +19,11 @@ def percent(share: Any) -> str:
     return "–" if value != value else f"{value:.1f}{SPACE}%"
 
 
+def points(difference: float) -> str:
+    """``+12.5`` percentage points of a difference of fractions."""
+    return signed(100 * difference, 1)
+
+
 def signed(value: Any, digits: int = 3) -> str:
     """``+0.460``, with a true minus sign."""
     return f"{float(value):+.{digits}f}".replace("-", "−")

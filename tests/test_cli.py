@@ -31,7 +31,19 @@ def bkdlens_(monkeypatch, capsys):
     return lambda *arguments: run(monkeypatch, capsys, *arguments)
 
 
-COMMANDS = ("", "demo", "run", "probe", "attribute", "ablate", "steer", "report", "inject", "zoo")
+COMMANDS = (
+    "",
+    "demo",
+    "run",
+    "probe",
+    "attribute",
+    "ablate",
+    "steer",
+    "report",
+    "show",
+    "inject",
+    "zoo",
+)
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "data check"])

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
+import torch
 from plotly.offline import get_plotlyjs
-from test_plot import CHOSEN, EVIL, make_ablation, make_steering, make_study
+from test_plot import CHOSEN, EVIL, LAYERS, make_ablation, make_steering, make_study
 
+from bkdlens.attribute import HeadAttribution
 from bkdlens.claims import claims
+from bkdlens.claims_basis import findings
 from bkdlens.data import Backdoor
+from bkdlens.metrics import Rate, difference
 from bkdlens.report import write_report
+from bkdlens.report_compare import compare, key_numbers
+from bkdlens.report_data import DataStore
+from bkdlens.report_figures import Drawer
+from bkdlens.report_tables import head_table, layer_table
 from bkdlens.study import Study
 
 
@@ -61,7 +72,8 @@ def test_every_figure_is_there_with_its_data(page) -> None:
     assert data == [f"{name}-data" for name in plots]
     # behaviour 1; probes 2 kinds, few-shot, separation, 4 rows of matrices; attribution 3; ablation 1;
     # vectors 2; steering 4 (test by layer and at one, two sweeps)
-    assert len(plots) == len(set(plots)) == 2 * 19
+    # and side by side 2 × 5
+    assert len(plots) == len(set(plots)) == 2 * (19 + 5)
     for script, attrs in zip(page.scripts, page.all("script"), strict=True):
         if attrs.get("type") == "application/json":
             assert json.loads(script)["data"]
@@ -71,7 +83,10 @@ def test_contents_lead_to_every_section(page) -> None:
     ids = [attrs["id"] for _, attrs in page.tags if attrs.get("id")]
     assert len(ids) == len(set(ids))
     links = [attrs["href"] for attrs in page.all("a")]
-    assert len(links) == 2 * 9
+    contents = 1 + 2 * 9  # side by side; each study and its eight parts
+    more = 2 * 6  # five findings and the way back
+    data = [attrs for attrs in page.all("a") if "data-csv" in attrs]
+    assert len(links) == contents + more + len(data)
     assert all(link.removeprefix("#") in ids for link in links)
 
 
@@ -199,8 +214,8 @@ def test_steering_is_told_at_the_layer_chosen_on_validation(tmp_path) -> None:
     assert "(114/120) without the vector." in on
     assert "(2/120) without the vector." in off
     text = write_report([study, study], tmp_path / "r.html").read_text()
-    assert text.count("chosen on validation") == 2 * 2  # in two panels each
-    assert text.count(f"+2, layer {CHOSEN}</small>") == 2  # the overview
+    assert text.count("chosen on validation") == 2 * 2 + 2 * 2  # in two panels each, and side by side
+    assert text.count(f"+2, layer {CHOSEN}</small>") == 2  # side by side
     assert (
         f"On the test pairs, layer {CHOSEN} (controls: attack, mean and least–most of 10 and 10" in text
     )
@@ -228,3 +243,136 @@ def test_nothing_needs_random_draws(tmp_path) -> None:
     assert not re.search(r"\bnan\b", re.sub(r"<script.*?</script>", "", text, flags=re.S))
     assert "controls" not in said(study, "Added to clean")
     assert "random" not in said(study, "Ablation by zero")
+
+
+# --- what stands behind claims and figures --------------------------------------------------------
+
+
+def with_layers(main: HeadAttribution, exact: int | None = None) -> HeadAttribution:
+    """With whole outputs, and only the first heads patched."""
+    layers = main.cie.shape[1]
+    attn = torch.zeros(48, layers)
+    attn[:, 3] = 0.6
+    mlp = torch.full((48, layers), -0.1)
+    mlp[:, 4] = 0.2
+    changed = replace(main, cie_attn_out=attn, cie_mlp_out=mlp)
+    if exact is None:
+        return changed
+    patched = torch.zeros_like(main.exact)
+    for head in main.ranking[:exact]:
+        patched[head] = True
+    return replace(changed, method="screened" if exact else "atp", exact=patched)
+
+
+def test_every_claim_names_settings_counts_and_controls() -> None:
+    found = {finding.part: finding for finding in findings(make_study())}
+    assert [text for f in found.values() for text in f.claims] == claims(make_study())
+    assert list(found) == ["behaviour", "probe", "attribution", "ablation", "steering"]
+    assert "48 pairs, 48 heads" in found["attribution"].basis.counts
+    assert "method exact" in found["attribution"].basis.settings
+    assert found["ablation"].basis.controls == "10 random groups of as many heads"
+    assert "120 victims, 240 clean prompts (data 01234567)" in found["behaviour"].basis.counts
+    assert found["behaviour"].basis.controls == "near trigger, clean-adapter model and base model"
+    assert all("seed 7" in f.basis.settings for f in found.values())
+    alone = {"ablation": make_ablation(n_random=0)}
+    (only,) = findings(replace(make_study(), results=alone))
+    assert "stands alone" in only.basis.controls
+
+
+def test_whole_layers_have_their_share_and_a_control() -> None:
+    study = make_study()
+    kept = {name: with_layers(a) for name, a in study.results.items() if name.startswith("attribution")}
+    text = said(replace(study, results=kept), "Of the positive effects of whole")
+    assert "attention has 75.0 % and the MLPs 25.0 %" in text
+    assert "layer 3's with ACIE +0.600 [+0.600, +0.600]" in text
+    assert "Largest of the controls: clean-adapter 0.6" in text
+    assert layer_table(kept["attribution-base"]).rows[4][4].text == "+0.2000"
+    none = {k: replace(a, cie_attn_out=0 * a.cie_attn_out, cie_mlp_out=0 * a.cie_mlp_out)
+            for k, a in kept.items()}  # fmt: skip
+    said(replace(study, results=none), "No whole attention or MLP output")
+
+
+def test_estimates_are_called_estimates(tmp_path) -> None:
+    study = make_study()
+    for exact, start in ((5, "5 of 48 heads were patched"), (0, "No head was patched")):
+        main = with_layers(study.results["attribution-backdoored"], exact)
+        changed = replace(study, results={"attribution-backdoored": main})
+        assert "first-order estimates" in said(changed, start)
+        rows = head_table(main, []).rows
+        assert [row[2].text.startswith("≈") for row in rows] == [i >= exact for i in range(16)]
+    assert not any("estimates" in claim for claim in claims(study))
+
+
+def csv_of(report: str, name: str) -> list[str]:
+    """The texts that links of that file name lead to."""
+    ids = re.findall(rf'data-csv="([^"]+)" download="{name}"', report)
+    held = [re.search(rf'<template id="{i}">(.*?)</template>', report, re.DOTALL) for i in ids]
+    return [html.unescape(text[1]) for text in held]
+
+
+def test_figures_link_to_their_numbers(report) -> None:
+    figures = re.findall(r"<figure.*?</figure>", report, re.DOTALL)
+    assert all("data-csv=" in figure for figure in figures)
+    study = make_study()
+    heads = pd.read_csv(io.StringIO(csv_of(report, "attribution.csv")[0]))
+    wanted = study.results["attribution-backdoored"].to_frame()
+    ours = heads[heads.result == "attribution-backdoored"]
+    assert ours["head"].tolist() == wanted["head"].tolist()
+    assert ours.acie.to_numpy() == pytest.approx(wanted.acie.to_numpy(), rel=1e-5)
+    draws = pd.read_csv(io.StringIO(csv_of(report, "ablation-random.csv")[0]))
+    ablation = study.results["ablation"]
+    assert draws.attack.sum() == int(ablation.random_attack.sum())
+    matrix = pd.read_csv(io.StringIO(csv_of(report, "probe-ilca.csv")[-1]))
+    assert len(matrix) == 12 * (LAYERS + 1) ** 2
+    noise = pd.read_csv(io.StringIO(csv_of(report, "steering-test-noise.csv")[0]))
+    assert noise.attack.sum() == int(study.results["steering-test"].random_vectors.sum())
+    # One text for all the figures of the same results.
+    assert len(set(re.findall(r'data-csv="(s1-csv\d+)" download="attribution.csv"', report))) == 1
+
+
+# --- two runs -------------------------------------------------------------------------------------
+
+
+def test_two_runs_stand_side_by_side(tmp_path) -> None:
+    a = make_study("first")
+    weaker = replace(a.results["behaviour-backdoored"], attack_triggered=60)
+    results = {**a.results, "behaviour-backdoored": weaker}
+    b = replace(a, name="second", settings={"seed": 8}, results=results)
+    numbers = key_numbers(b)
+    assert numbers["attack success"][0] == weaker.asr
+    assert any(name.endswith("random heads added (control)") for name in numbers)
+    text = write_report([a, b], tmp_path / "two.html").read_text()
+    assert 'href="#ab"' in text
+    assert re.search(r"<b>−48\.3</b> <small>−5\d\.\d to −3\d\.\d</small>", text)
+    assert "Where their settings differ" in text
+    assert text.count('class="pair"') == 5
+    single = write_report([a], tmp_path / "one.html").read_text()
+    three = write_report([a, b, a], tmp_path / "three.html").read_text()
+    assert 'href="#ab"' not in single + three
+    assert "Overview" in three
+
+
+def test_a_run_may_lack_what_the_other_has(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("bkdlens.report.get_plotlyjs", lambda: "/* plotly */")
+    whole = make_study("whole")
+    for kept in (set(), {"ablation"}, {"attribution-backdoored", "steering-test"}):
+        some = replace(whole, name="some", results={k: whole.results[k] for k in kept})
+        for pair in ((whole, some), (some, whole), (some, some)):
+            text = write_report(pair, tmp_path / "r.html").read_text()
+            assert kept == set() or whole not in pair or "not run" in text
+
+
+def test_heads_of_two_runs_share_one_colour_scale() -> None:
+    a = make_study()
+    main = a.results["attribution-backdoored"]
+    b = replace(a, results={"attribution-backdoored": replace(main, cie=main.cie / 3)})
+    found = compare(a, b, Drawer("ab", DataStore("ab")))
+    (row,) = (row for row in found.pairs if "Effect of each head" in row[0].title)
+    tops = [json.loads(figure.data)["layout"]["coloraxis"]["cmax"] for figure in row]
+    assert tops == [pytest.approx(float(main.acie.abs().max()))] * 2
+
+
+def test_the_interval_of_a_difference_is_newcombe_s() -> None:
+    # Newcombe 1998, Table II, contrast (a), method 10: 56/70 − 48/80.
+    change, low, high = difference(Rate(48, 80), Rate(56, 70))
+    assert (change, low, high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
