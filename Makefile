@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONHASHSEED := 0
 
-.PHONY: demo test lint format notebooks bench clean
+.PHONY: demo test lint format notebooks docs bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,5 +38,9 @@ bench: .venv/benchmarks
 notebooks: .venv/installed
 	$(BIN)/python notebooks/execute.py
 
+# The site, in build/site; a warning is an error. It needs no network, to be made or to be read.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo build/site
