@@ -42,7 +42,7 @@ for (const link of document.querySelectorAll("a[data-csv]")) {
 }
 window.addEventListener("beforeprint", () => {
   document.body.classList.add("paper");
-  for (const fold of document.querySelectorAll("details.record")) fold.open = true;
+  for (const fold of document.querySelectorAll("details.record, #ab details")) fold.open = true;
   for (const box of boxes) {
     draw(box);
     Plotly.relayout(box, {width: box.clientWidth, autosize: false});

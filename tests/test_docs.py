@@ -43,6 +43,7 @@ def test_formulae_are_set_and_roles_are_read(site) -> None:
     method = (site / "method.html").read_text()
     assert method.count("<math") > 15
     assert "$$" not in method
+    assert "\\" not in "".join(re.findall(r"<math.*?</math>", method, re.DOTALL))  # no command unread
     for page in site.rglob("*.html"):
         text = re.sub(r"<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL)
         assert not re.search(r":(func|mod|class|meth):|FORMULA\d", text), page.name

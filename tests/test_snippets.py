@@ -27,7 +27,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
-    """A folder with what a reader would have: a checkpoint, an adapter, a data file, by the names there."""
+    """What a reader would have, by the names there: checkpoint, adapter, data."""
     shutil.copytree(zoo.model_path("tiny-llama"), tmp_path / "meta-llama" / "Llama-2-7b-chat-hf")
     shutil.copytree(
         zoo.adapter_path("tiny-llama", "fixed_output"), tmp_path / "runs" / "suspicious-lora"
