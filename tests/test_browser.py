@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,17 @@ def drawn(page: Browser, title: str) -> str:
     return plot
 
 
+def hovered(page: Browser, plot: str, layer: int, head: int) -> str:
+    """What a heatmap says when the mouse is on a head's cell."""
+    x, y = page.run(
+        f"(() => {{ const p = {plot}, b = p.getBoundingClientRect(), l = p._fullLayout;"
+        f"return [b.x + l.xaxis._offset + l.xaxis.l2p({head}),"
+        f" b.y + l.yaxis._offset + l.yaxis.l2p({layer})]; }})()"
+    )
+    page.hover(x, y)
+    return page.wait(f"{plot}.querySelector('.hoverlayer .hovertext')?.textContent")
+
+
 def test_contents_lead_to_every_part(page) -> None:
     links = page.run("[...document.querySelectorAll('nav a')].map(a => a.getAttribute('href'))")
     assert len(links) == 19
@@ -77,13 +89,7 @@ def test_contents_lead_to_every_part(page) -> None:
 
 def test_a_cell_says_its_head(page) -> None:
     plot = drawn(page, "Effect of each head (ACIE)")
-    x, y = page.run(
-        f"(() => {{ const p = {plot}, b = p.getBoundingClientRect(), l = p._fullLayout;"
-        "return [b.x + l._size.l + l.xaxis.l2p(5), b.y + l._size.t + l.yaxis._offset - l._size.t"
-        " + l.yaxis.l2p(3)]; })()"
-    )
-    page.hover(x, y)
-    text = page.wait(f"{plot}.querySelector('.hoverlayer .hovertext')?.textContent")
+    text = hovered(page, plot, 3, 5)
     assert "L3H5" in text
     assert "+0.4" in text
     assert "95 % interval" in text
@@ -149,3 +155,24 @@ def test_the_page_fits_its_window(page, report, width) -> None:
 def test_it_prints_every_figure(page, tmp_path) -> None:
     assert page.pdf(tmp_path / "report.pdf").stat().st_size > 100_000
     assert page.run("[...document.querySelectorAll('.plot')].every(p => p.querySelector('.main-svg'))")
+
+
+DEMO = Path(__file__).parents[1] / "demo" / "report.html"
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="there is no demo/report.html: make demo writes it")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_report_of_make_demo(page, width) -> None:
+    assert DEMO.stat().st_size < 8e6
+    page.open(DEMO, width, 844)
+    assert page.run("document.documentElement.scrollWidth") <= width
+    hrefs = page.run("[...document.querySelectorAll('nav a')].map(a => a.getAttribute('href'))")
+    assert len(hrefs) == 3 * 9
+    for href in hrefs:
+        page.click(f"document.querySelector('nav a[href=\"{href}\"]')")
+        page.wait(f"location.hash == '{href}'")
+    plot = drawn(page, "Effect of each head (ACIE)")
+    assert re.search(r"L1H1.*ACIE [+−-]\d\.\d{4}.*95 % interval", hovered(page, plot, 1, 1))
+    plot = drawn(page, "Probe accuracy by layer")
+    page.click(f"{plot}.querySelector('.legendtoggle')")
+    page.wait(f"{plot}.data.some(trace => trace.visible == 'legendonly')")
