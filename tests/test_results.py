@@ -15,9 +15,10 @@ from bkdlens.results import Provenance, Result, provenance, versions
 from bkdlens.study import KINDS, load_result
 from bkdlens.types import Head
 
-NAMES = ("ablation", "answer-probs", "attribution", "attribution-with-layers", "behaviour", "generations",
-         "head-pattern", "patch",
-         "patch-without-targets", "probe", "steering", "vector")  # fmt: skip
+NAMES = (
+    "ablation", "answer-probs", "attribution", "attribution-with-layers", "behaviour", "generations",
+    "head-pattern", "patch", "patch-without-targets", "probe", "steering", "vector",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
