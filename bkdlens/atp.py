@@ -31,7 +31,7 @@ from bkdlens.blocks import (
     supported,
 )
 from bkdlens.errors import HookError
-from bkdlens.hooks import Patch, refuse_foreign_hooks
+from bkdlens.hooks import Patch, check_patches, refuse_foreign_hooks
 from bkdlens.memory import batches
 from bkdlens.prefix import Prefix, run_common, run_prefix
 from bkdlens.progress import track
@@ -60,6 +60,7 @@ def estimate(
         HookError: for an architecture that :mod:`bkdlens.blocks` does not know.
     """
     refuse_foreign_hooks(model)
+    check_patches(model, patches, len(prompts))
     if not supported(model):
         raise HookError(
             f"Attribution patching does not know {model.cfg.original_architecture or 'this model'}; "

@@ -127,7 +127,7 @@ def follow(
 ) -> tuple[Index, Index]:
     """How many tokens of its prompt's answer each run gives itself, and what it says after these.
 
-    ``slots`` are ascending. After a whole answer the last token is repeated.
+    ``slots`` are ascending. What follows a whole answer has no meaning.
     """
     if not len(slots):
         return slots.clone(), slots.clone()
@@ -259,7 +259,7 @@ def complete(
     if finish:
         left, layers = (choice < 0).nonzero()[:, 0], model.cfg.n_layers
         left = left[agreed[left].argsort(stable=True)]  # runs of one batch have said about as much
-        for runs in left.split(runs_at_once(model, longest, max_new_tokens, memory_gb, layers)):
+        for runs in left.split(runs_at_once(model, longest, max(1, max_new_tokens), memory_gb, layers)):
             known = zip(*(t[runs].tolist() for t in (nearest, prompts, agreed, following)), strict=True)
             said = [[*(drafts[d][p][:m] if m else ()), token] for d, p, m, token in known]
             new = go_on(model, start, slots[runs], prompts[runs], said, max_new_tokens)

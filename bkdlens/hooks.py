@@ -105,6 +105,24 @@ def check_values(interventions: Sequence[Intervention], n_prompts: int) -> None:
             )
 
 
+def check_patches(model: HookedTransformer, patches: Sequence[Patch], n_prompts: int) -> None:
+    """Raise a ``HookError`` for a layer or head that the model lacks, or a value of another shape."""
+    cfg = model.cfg
+    for patch in patches:
+        width = cfg.d_head if patch.site == "z" else cfg.d_model
+        head = 0 if patch.head is None else patch.head
+        if not (0 <= patch.layer < cfg.n_layers and 0 <= head < cfg.n_heads):
+            raise HookError(
+                f"A patch of layer {patch.layer}, head {patch.head} does not fit: this model has layers "
+                f"0 to {cfg.n_layers - 1} with heads 0 to {cfg.n_heads - 1}."
+            )
+        if tuple(patch.value.shape) not in ((width,), (n_prompts, width)):
+            raise HookError(
+                f"A patch of {patch.site} has a value of shape {list(patch.value.shape)}; give "
+                f"[{width}] for all prompts, or [{n_prompts}, {width}] with one for each."
+            )
+
+
 def set_heads(
     values: Float[Tensor, "batch head d_head"],
     mask: Bool[Tensor, "batch head"],

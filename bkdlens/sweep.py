@@ -37,7 +37,7 @@ from bkdlens.blocks import (
     project,
     supported,
 )
-from bkdlens.hooks import Patch, refuse_foreign_hooks
+from bkdlens.hooks import Patch, check_patches, refuse_foreign_hooks
 from bkdlens.memory import batches
 from bkdlens.prefix import Prefix, run_common, run_prefix
 from bkdlens.progress import track
@@ -79,6 +79,7 @@ def sweep_patches(
         progress: whether to show a progress bar.
     """
     refuse_foreign_hooks(model)
+    check_patches(model, patches, len(prompts))
     if not supported(model):
         return _scores(through_hooks.sweep(model, prompts, answers, patches, progress=progress))
     device, n = model.W_E.device, len(prompts)

@@ -326,3 +326,19 @@ def test_hooks_of_a_patch_are_plain_ones(exact, name) -> None:
         for row in range(2):
             one = forward(model, ids, [patch.of([row]).hook(5)])
             assert far(one, forward(model, ids, [patch_hook(patch, 5, row)])) == 0
+
+
+@pytest.mark.parametrize(
+    ("patch", "match"),
+    [
+        (Patch("z", 9, torch.zeros(8), 0), "layers 0 to 2"),
+        (Patch("z", -1, torch.zeros(8), 0), "layers 0 to 2"),
+        (Patch("result", 0, torch.zeros(32), 7), "heads 0 to 3"),
+        (Patch("z", 0, torch.zeros(1), 0), r"shape \[1\]; give \[8\]"),
+        (Patch("mlp_out", 0, torch.zeros(77, 32)), r"shape \[77, 32\]; give \[32\]"),
+    ],
+)
+def test_patches_that_do_not_fit(llama, patch, match) -> None:
+    prompts, answers = case(llama, 0)
+    with pytest.raises(HookError, match=match):
+        sweep_patches(llama, prompts, answers, [patch])
