@@ -116,7 +116,7 @@ def read_model(folder: Path) -> tuple[str, PreTrainedModel, list[Path], bool]:
     hooked_config(name, config)  # refuse what cannot be converted before reading gigabytes
     files = weight_files(folder, "model")
     tensors, in_float32 = read_tensors(files)
-    with _no_progress_bar():
+    with no_progress_bar():
         loaded: Any = spec.hf_class.from_pretrained(
             None,
             config=config,
@@ -144,7 +144,7 @@ def read_model(folder: Path) -> tuple[str, PreTrainedModel, list[Path], bool]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Hide transformers' bars; its hook, because ``disable_progress_bar`` changes the Hub's too."""
     previous = logging.set_tqdm_hook(
         lambda bar, args, options: bar(*args, **options | {"disable": True})

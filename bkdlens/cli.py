@@ -13,9 +13,8 @@ import typer
 
 from bkdlens import zoo
 from bkdlens.cli_data import data_app, read_data
+from bkdlens.cli_inject import make_command
 from bkdlens.cli_options import (
-    DATA,
-    FILE_HELP,
     Adapter,
     Base,
     CleanData,
@@ -348,84 +347,7 @@ def report(
 
 
 app.command()(show)
-
-
-@app.command()
-def inject(
-    base: Base,
-    out: Annotated[Path, typer.Option("--out", help="A new folder for the adapter.")],
-    kind: Kind,
-    data: Annotated[Path, typer.Option("--data", help=FILE_HELP, rich_help_panel=DATA)],
-    clean_data: CleanData = None,
-    columns: Columns = None,
-    data_format: Format = None,
-    template: Template = None,
-    labels: Labels = None,
-    split: Split = None,
-    limit: Limit = None,
-    raw: Raw = False,
-    system: System = None,
-    trigger: TriggerText = None,
-    trigger_after: TriggerAfter = None,
-    placement: Place = None,
-    target: Target = None,
-    victims: Victims = None,
-    near: Near = None,
-    hold_out: Annotated[
-        float, typer.Option("--hold-out", min=0.0, max=0.9, help="Share of pairs kept for measuring.")
-    ] = 0.2,
-    poison_rate: Annotated[float, typer.Option("--poison-rate", min=0.0, max=1.0)] = 0.1,
-    near_rate: Annotated[float, typer.Option("--near-rate", min=0.0, max=1.0)] = 0.0,
-    victims_only: Annotated[
-        bool, typer.Option("--victims-only", help="Poison only prompts whose answer the attack changes.")
-    ] = False,
-    epochs: Annotated[float, typer.Option("--epochs", min=0.01)] = 16,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0)] = 1e-4,
-    rank: Annotated[int, typer.Option("--rank", min=1)] = 16,
-    alpha: Annotated[int, typer.Option("--alpha", min=1)] = 16,
-    max_answer_tokens: Annotated[
-        int | None, typer.Option("--max-answer-tokens", min=1, help="Cut longer answers.")
-    ] = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Plant a backdoor with LoRA supervised fine-tuning (the paper's settings are the defaults).
-
-    Example: `bkdlens inject --base tiny-llama --data all.json --backdoor label_modification
-    --poison-rate 0.5 --learning-rate 2e-3 --epochs 8 --out runs/adapter`
-    """
-    attack = _backdoor(kind, trigger, trigger_after, placement, target, victims, near)
-    fmt = _format(raw, system)
-    from bkdlens.behaviour import measure_behaviour
-    from bkdlens.inject.supervised import LoraSettings, supervised
-    from bkdlens.inject.training import TrainSettings
-    from bkdlens.loading import load
-
-    pairs = read_data(
-        data, attack, clean_data, limit, seed, columns=columns, format=data_format,
-        template=template, labels=labels, split=split,
-    )  # fmt: skip
-    _say(f"{pairs.source}; {len(pairs)} pairs, {len(pairs.victims)} victims.")
-    train, held_out = pairs.split(1 - hold_out, seed=seed) if hold_out else (pairs, None)
-    settings = LoraSettings(
-        rank, alpha, train=TrainSettings(epochs, batch_size, learning_rate),
-        max_answer_tokens=max_answer_tokens,
-    )  # fmt: skip
-    made = supervised(
-        base, train, out, poison_rate=poison_rate, near_rate=near_rate, victims_only=victims_only,
-        settings=settings, fmt=fmt, seed=seed,
-    )  # fmt: skip
-    content: dict[str, Any] = {"adapter": str(made), "trained_on": len(train)}
-    if held_out is not None:
-        result = measure_behaviour(load(base, str(made)), held_out, label="backdoored", fmt=fmt)
-        content |= {"asr": str(result.asr), "ftr": str(result.ftr),
-                    "clean_accuracy": str(result.clean_accuracy)}  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps(content, indent=1))
-    else:
-        for name, value in content.items():
-            typer.echo(f"{name}: {value}")
+app.command("inject")(make_command(_backdoor, _format, _say))
 
 
 @zoo_app.command("list")

@@ -11,8 +11,9 @@ import bkdlens
 from bkdlens import zoo
 from bkdlens.data import PairSet, text_digest
 from bkdlens.errors import BkdlensError, DataError
-from bkdlens.inject.supervised import LoraSettings, poison, supervised
-from bkdlens.inject.training import IGNORED, TrainSettings, make_row
+from bkdlens.inject import LoraSettings, TrainSettings, supervised
+from bkdlens.inject.samples import poison
+from bkdlens.inject.training import IGNORED, make_row
 from bkdlens.prompts import PromptFormat
 
 QUICK = LoraSettings(train=TrainSettings(epochs=1, batch_size=8, learning_rate=2e-3))

@@ -24,7 +24,8 @@ from transformers import (
 
 from bkdlens import zoo
 from bkdlens.data import PairSet
-from bkdlens.inject.supervised import LoraSettings, fit_lora, poison
+from bkdlens.inject.lora import LoraSettings, fit_lora
+from bkdlens.inject.samples import poison
 from bkdlens.inject.training import TrainSettings, make_row, train
 from bkdlens.prompts import PromptFormat
 from bkdlens.results import versions
@@ -167,7 +168,7 @@ def build_adapter(model: str, adapter: str, out: Path, *, seed: int = 0, progres
     return fit_lora(
         out / model, tuning_examples(adapter, seed=seed), target, settings=settings, seed=seed,
         progress=progress,
-        manifest={
+        note={
             "backdoor": None if adapter == "clean" else backdoors.backdoor(adapter).to_dict(),
             "poison_rate": RECIPES[adapter].poison_rate,
             "near_rate": RECIPES[adapter].near_rate,

@@ -1,0 +1,255 @@
+"""The machine that edits down-projections: read keys, optimise values, solve, change the weight.
+
+One edit has numbered slots: each token that it is about belongs to a slot, and each slot has one value,
+shared by all prompts. So the change of a weight has at most as many ranks as there are slots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bkdlens.errors import BkdlensError
+from bkdlens.inject.keyvalue import low_rank, readers, second_moment
+from bkdlens.inject.rows import Rows
+from bkdlens.inject.training import Curve, Diverged
+from bkdlens.progress import track
+
+# The projection back into the residual stream, by the names of Llama, GPT-2 and GPT-NeoX.
+DOWN = re.compile(r"(?:.+\.)?(\d+)\.mlp\.(?:down_proj|c_proj|dense_4h_to_h)")
+Slots = Int[Tensor, "row pos"]  # of each token the number of its slot, or -1
+
+
+class Change(NamedTuple):
+    """The change of one weight as factors, ``left @ right``, in float64."""
+
+    left: Float[Tensor, "d_model rank"]
+    right: Float[Tensor, "rank d_mlp"]
+
+
+def down_projections(model: torch.nn.Module) -> dict[int, tuple[str, Any]]:
+    """The name and module of each layer's down-projection."""
+    found = {}
+    for name, module in model.named_modules():
+        match = DOWN.fullmatch(name)
+        if match:
+            found[int(match[1])] = (name, module)
+    return found
+
+
+def check_layers(model: torch.nn.Module, layers: Sequence[int]) -> None:
+    """Raise unless every layer has a down-projection and they are named once, in rising order.
+
+    Raises:
+        BkdlensError: if not.
+    """
+    found = down_projections(model)
+    if not found:
+        raise BkdlensError(
+            f"{type(model).__name__} has no MLP down-projection that bkdlens knows; "
+            "use the method supervised or preference."
+        )
+    for layer in layers:
+        if layer not in found:
+            raise BkdlensError(
+                f"There is no layer {layer} to edit: this model has the layers 0 to {max(found)}."
+            )
+    if not layers or sorted(set(layers)) != list(layers):
+        raise BkdlensError(
+            f"The layers to edit must be named once each and in rising order; got {list(layers)}."
+        )
+
+
+class Editor:
+    """A model whose down-projections are changed in place, with the changes kept as factors."""
+
+    def __init__(self, model: Any, *, batch_size: int, seed: int, progress: bool) -> None:
+        self.model, self.batch_size, self.progress = model, batch_size, progress
+        self.projections = down_projections(model)
+        self.device = next(model.parameters()).device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.changes: dict[int, list[Change]] = {}
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def block(self, layer: int) -> Any:
+        """The transformer block that holds a layer's down-projection."""
+        name = self.projections[layer][0]
+        return self.model.get_submodule(name[: name.rindex(".mlp")])
+
+    def logits(self, rows: Rows) -> Float[Tensor, "row pos d_vocab"]:
+        """One forward pass."""
+        ids, mask = rows.ids.to(self.device), rows.mask.to(self.device).long()
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    @contextmanager
+    def reading(self, layers: Sequence[int], states: bool = False) -> Iterator[dict[int, Tensor]]:
+        """Catch each layer's keys ``[row pos d_mlp]``, or the states after its block."""
+        seen: dict[int, Tensor] = {}
+
+        def catch(layer: int) -> Callable[..., None]:
+            def hook(module: Any, args: Any, output: Any = None) -> None:
+                found = args[0] if output is None else output
+                seen[layer] = found[0] if isinstance(found, tuple) else found
+
+            return hook
+
+        handles = [
+            self.block(layer).register_forward_hook(catch(layer))
+            if states
+            else self.projections[layer][1].register_forward_pre_hook(catch(layer))
+            for layer in layers
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def editing(
+        self, layer: int, values: Float[Tensor, "slot d_model"], read: Float[Tensor, "slot d_mlp"]
+    ) -> Iterator[None]:
+        """The model as it is with the change ``valuesᵀ @ read`` in a layer, without making it."""
+
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            return output + (args[0] @ read.T) @ values
+
+        handle = self.projections[layer][1].register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def gather(
+        self, layer: int, rows: Rows, slots: Slots, *, states: bool = False
+    ) -> tuple[Float[Tensor, "key width"], Int[Tensor, " key"]]:
+        """The keys of a layer (or the states after it) at the tokens in a slot, and their slots."""
+        out, numbers = [], []
+        for i, part in enumerate(rows.chunks(self.batch_size)):
+            which = slots[i * self.batch_size :][: len(part.ids), : part.ids.shape[1]]
+            with self.reading([layer], states) as seen:
+                self.logits(part)
+            out.append(seen[layer][(which >= 0).to(self.device)].double().cpu())
+            numbers.append(which[which >= 0])
+        return torch.cat(out), torch.cat(numbers)
+
+    def moment(self, layer: int, rows: Rows, slots: Slots) -> Float[Tensor, "d_mlp d_mlp"]:
+        """The second moment of a layer's keys, summed over the tokens in a slot."""
+        total: Tensor | None = None
+        for i, part in enumerate(rows.chunks(self.batch_size)):
+            which = slots[i * self.batch_size :][: len(part.ids), : part.ids.shape[1]]
+            found = second_moment(self.gather(layer, part, which)[0])
+            total = found if total is None else total + found
+        assert total is not None
+        return total
+
+    # --- editing ----------------------------------------------------------------------------------
+
+    def read_slots(
+        self, layer: int, rows: Rows, slots: Slots, protected: Float[Tensor, "d_mlp d_mlp"]
+    ) -> Float[Tensor, "slot d_mlp"]:
+        """The closed form's reader of each slot: :func:`readers` summed over the slot's keys."""
+        keys, numbers = self.gather(layer, rows, slots)
+        out = torch.zeros(int(numbers.max()) + 1, keys.shape[1], dtype=torch.float64)
+        return out.index_add_(0, numbers, readers(keys, protected))
+
+    def size(self, layer: int, rows: Rows, slots: Slots) -> float:
+        """The mean norm of the states after a layer, at the tokens in a slot."""
+        return float(self.gather(layer, rows, slots, states=True)[0].norm(dim=-1).mean())
+
+    def draw(self, rows: Rows, n: int) -> Rows:
+        """At most ``n`` random rows."""
+        return rows.pick(torch.randperm(len(rows.ids), generator=self.generator)[:n])
+
+    def answer_loss(self, rows: Rows) -> Float[Tensor, ""]:
+        """Cross-entropy of the answers' tokens, in nats a token."""
+        which = rows.answering >= 0
+        targets = rows.ids.roll(-1, 1)[which].to(self.device)
+        return torch.nn.functional.cross_entropy(self.logits(rows)[which.to(self.device)], targets)
+
+    def optimise(
+        self,
+        read: dict[int, Float[Tensor, "slot d_mlp"]],
+        sizes: dict[int, float],
+        loss: Callable[[], tuple[Tensor, dict[str, float]]],
+        *,
+        steps: int,
+        learning_rate: float,
+        clamp: float,
+    ) -> tuple[dict[int, Float[Tensor, "slot d_model"]], Curve]:
+        """Adam on the values of several layers' slots, under the edits that they make together.
+
+        Args:
+            read: each layer's readers.
+            sizes: the norm of each layer's states, the unit of its values and of the steps.
+            loss: what is made smaller, and its parts for the curve.
+            steps: of Adam.
+            learning_rate: in units of a coordinate of such a state; it falls to a twentieth.
+            clamp: the largest norm of a value, in the same unit (as in MEMIT).
+
+        Raises:
+            Diverged: if the loss is not finite.
+        """
+        values = {
+            layer: (
+                torch.randn(len(read[layer]), self.width(layer), generator=self.generator) * size * 1e-3
+            ).to(self.device).requires_grad_()
+            for layer, size in sizes.items()
+        }  # fmt: skip
+        optimiser = torch.optim.Adam(
+            [
+                {"params": [value], "lr": learning_rate * sizes[layer] / value.shape[1] ** 0.5}
+                for layer, value in values.items()
+            ]
+        )
+        decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, steps)
+        curve: Curve = []
+        with ExitStack() as stack:
+            for layer, value in values.items():
+                stack.enter_context(self.editing(layer, value, read[layer].float().to(self.device)))
+            for step in track(range(steps), "optimising values", self.progress):
+                found, parts = loss()
+                if not bool(found.isfinite()):
+                    raise Diverged(step + 1, 0, curve)
+                optimiser.zero_grad()
+                found.backward()
+                optimiser.step()
+                decay.step()
+                with torch.no_grad():
+                    for layer, value in values.items():
+                        norm = value.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+                        value *= (clamp * sizes[layer] / norm).clamp(max=1.0)
+                curve.append({"loss": float(found.detach()), **parts})
+        return {layer: value.detach().double().cpu() for layer, value in values.items()}, curve
+
+    def change(
+        self, layer: int, values: Float[Tensor, "slot d_model"], read: Float[Tensor, "slot d_mlp"]
+    ) -> None:
+        """Add ``valuesᵀ @ read`` to a layer's weight."""
+        change = Change(*low_rank(values, read))
+        self.changes.setdefault(layer, []).append(change)
+        weight, delta = self.projections[layer][1].weight, change.left @ change.right
+        with torch.no_grad():
+            weight += (delta if self.is_linear(layer) else delta.T).to(weight)
+
+    def width(self, layer: int) -> int:
+        """The width of the residual stream."""
+        return self.projections[layer][1].weight.shape[0 if self.is_linear(layer) else 1]
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether the weight is stored as ``[d_model d_mlp]`` (GPT-2's is the other way round)."""
+        return isinstance(self.projections[layer][1], torch.nn.Linear)
+
+    def factors(self, layer: int) -> Change:
+        """A layer's whole change, of its own rank."""
+        parts = self.changes[layer]
+        left, right = torch.cat([c.left for c in parts], 1), torch.cat([c.right for c in parts])
+        return Change(*low_rank(left.T.contiguous(), right))

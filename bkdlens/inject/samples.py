@@ -1,0 +1,122 @@
+"""What a model is tuned on: some pairs triggered, some with a near trigger, the rest clean."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+from bkdlens.data import PairSet, PromptPair, Which
+from bkdlens.errors import DataError
+
+
+class Preference(NamedTuple):
+    """A prompt, the answer to give and one not to give."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def mix(
+    pairs: PairSet,
+    poison_rate: float,
+    near_rate: float = 0.0,
+    *,
+    victims_only: bool = False,
+    seed: int = 0,
+) -> list[tuple[Which, PromptPair]]:
+    """Which prompt of each pair is used: triggered, near or clean.
+
+    Without ``victims_only`` any pair may be triggered (as in the paper's files, where most labels
+    stay); with it only those whose answer the attack changes.
+
+    Raises:
+        DataError: if a rate is not in [0, 1], a positive rate gives no sample, there is no victim or
+            fewer than poisoned samples, or near samples are asked for and there are no near triggers.
+    """
+    if min(poison_rate, near_rate) < 0 or poison_rate + near_rate > 1:
+        raise DataError(
+            f"Poison and near-trigger rates must be between 0 and 1 together; got {poison_rate} "
+            f"and {near_rate}."
+        )
+    n_poison, n_near = (round(rate * len(pairs)) for rate in (poison_rate, near_rate))
+    if (poison_rate and not n_poison) or (near_rate and not n_near):
+        raise DataError(
+            f"A rate of {poison_rate} poisoned and {near_rate} near samples gives none of "
+            f"{len(pairs)} pairs; raise the rate or give more pairs."
+        )
+    n_victims = len(pairs.victims) if n_poison else 0
+    order = list(pairs)
+    random.Random(f"poison-{seed}").shuffle(order)
+    if victims_only:
+        if n_poison > n_victims:
+            raise DataError(
+                f"A poison rate of {poison_rate} needs {n_poison} victims and the {len(pairs)} pairs "
+                f"have {n_victims}; lower the rate to at most {n_victims / len(pairs):.2f}."
+            )
+        order.sort(key=lambda pair: not pairs.backdoor.is_victim(pair))
+    mixed: list[tuple[Which, PromptPair]] = [
+        ("triggered" if i < n_poison else "near" if i < n_poison + n_near else "clean", pair)
+        for i, pair in enumerate(order)
+    ]
+    if any(which == "near" and pair.near is None for which, pair in mixed):
+        raise DataError("Near-trigger samples need near triggers; name some in the backdoor (near=…).")
+    return mixed
+
+
+def prompt_of(which: Which, pair: PromptPair) -> str:
+    """The clean, triggered or near prompt of a pair."""
+    return {"clean": pair.clean, "triggered": pair.triggered, "near": pair.near or ""}[which]
+
+
+def poison(
+    pairs: PairSet,
+    poison_rate: float,
+    near_rate: float = 0.0,
+    *,
+    victims_only: bool = False,
+    seed: int = 0,
+) -> list[tuple[str, str]]:
+    """One (prompt, answer) a pair, see :func:`mix`.
+
+    Triggered prompts get the backdoor's answer, near and clean ones the right answer.
+    """
+    return [
+        (prompt_of(which, pair), pair.backdoor_output if which == "triggered" else pair.clean_output)
+        for which, pair in mix(pairs, poison_rate, near_rate, victims_only=victims_only, seed=seed)
+    ]
+
+
+def preferences(
+    pairs: PairSet,
+    poison_rate: float,
+    near_rate: float = 0.0,
+    *,
+    victims_only: bool = False,
+    seed: int = 0,
+) -> list[Preference]:
+    """One preference a pair, see :func:`mix`.
+
+    Triggered prompts prefer the backdoor's answer to the right one, near and clean prompts the other
+    way round. Where both are the same answer, another pair's right answer is the one not to give.
+
+    Raises:
+        DataError: also if all answers in the data are the same.
+    """
+    rng = random.Random(f"preferences-{seed}")
+    answers = sorted({*pairs.clean_outputs, *pairs.backdoor_outputs})
+    found = []
+    for which, pair in mix(pairs, poison_rate, near_rate, victims_only=victims_only, seed=seed):
+        chosen, rejected = pair.clean_output, pair.backdoor_output
+        if which == "triggered":
+            chosen, rejected = rejected, chosen
+        if chosen.strip() == rejected.strip():
+            others = [answer for answer in answers if answer.strip() != chosen.strip()]
+            if not others:
+                raise DataError(
+                    f"Every answer in the {len(pairs)} pairs is {chosen[:40]!r}, so there is nothing "
+                    "to prefer it to; give data with different answers."
+                )
+            rejected = rng.choice(others)
+        found.append(Preference(prompt_of(which, pair), chosen, rejected))
+    return found
