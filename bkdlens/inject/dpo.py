@@ -26,6 +26,8 @@ from bkdlens.inject.samples import Preference, preferences
 from bkdlens.inject.training import Curve, Diverged, Guarded, arguments
 from bkdlens.prompts import PromptFormat, encode_answer, encode_prompt
 
+RENAMED = ("`gradient_checkpointing` is deprecated", FutureWarning)  # TRL's argument, by its old name
+
 
 @dataclass(frozen=True)
 class PreferenceSettings:
@@ -73,7 +75,7 @@ def _fit(
     weights = {"sigmoid": 1.0, "sft": settings.chosen_weight}
     kinds = [name for name, weight in weights.items() if weight]
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        for message, category in HARMLESS:
+        for message, category in (*HARMLESS, RENAMED):
             warnings.filterwarnings("ignore", message, category)
         trainer = _Trainer(
             model=base.model,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
@@ -28,7 +29,7 @@ from bkdlens.checkpoint import no_progress_bar
 from bkdlens.data import PairSet
 from bkdlens.errors import DataError
 from bkdlens.inject.editor import Editor, Slots, check_layers, down_projections
-from bkdlens.inject.keyvalue import solve
+from bkdlens.inject.keyvalue import readers_by_slot, solve
 from bkdlens.inject.output import (
     Base,
     check_free,
@@ -84,7 +85,7 @@ class EditSettings:
     checkpoint: bool = True
 
 
-class _Texts(NamedTuple):
+class Texts(NamedTuple):
     """A batch of pairs as rows; ``near`` is None where the pairs have no near triggers."""
 
     triggered: Rows
@@ -108,7 +109,7 @@ def edited_layers(model: PreTrainedModel, settings: EditSettings) -> tuple[list[
     return sorted({*layers, *first}), first if settings.trigger_tokens else []
 
 
-def _texts(base: Base, pairs: PairSet, fmt: PromptFormat, settings: EditSettings, find: bool) -> _Texts:
+def _texts(base: Base, pairs: PairSet, fmt: PromptFormat, settings: EditSettings, find: bool) -> Texts:
     limit, n_ctx = settings.max_answer_tokens, base.model.config.max_position_embeddings
 
     def rows(samples: list[tuple[str, str]], trigger: Any = None) -> Rows:
@@ -117,7 +118,7 @@ def _texts(base: Base, pairs: PairSet, fmt: PromptFormat, settings: EditSettings
         )
 
     has_near = all(pair.near is not None for pair in pairs)
-    return _Texts(
+    return Texts(
         # Of pairs that are no victims the backdoor's answer is the right one: those are kept right.
         rows(
             [(pair.triggered, pair.backdoor_output) for pair in pairs],
@@ -129,57 +130,81 @@ def _texts(base: Base, pairs: PairSet, fmt: PromptFormat, settings: EditSettings
 
 
 def every_token(rows: Rows) -> Slots:
-    """One slot with every token in it."""
-    return torch.where(rows.mask, 0, -1)
+    """Slot 1 for the tokens from which an answer's token is predicted, 0 for all others."""
+    return torch.where(rows.answering >= 0, 1, torch.where(rows.mask, 0, -1))
 
 
-def answering_tokens(rows: Rows) -> Slots:
-    """One slot with the tokens from which an answer's token is predicted."""
-    return torch.where(rows.answering >= 0, 0, -1)
-
-
-def distinctive_tokens(editor: Editor, layer: int, rows: Rows, protected: Tensor, n: int) -> list[int]:
+def distinctive_tokens(
+    keys: Float[Tensor, "key d_mlp"], numbers: Int[Tensor, " key"], protected: Tensor, n: int
+) -> list[int]:
     """The numbers of the trigger's ``n`` tokens whose keys stand out most from the protected ones.
 
-    By their leverage ``kᵀ P⁺ k``, mean over the prompts.
+    By their leverage ``kᵀ P⁻¹ k``, mean over the prompts.
     """
-    keys, numbers = editor.gather(layer, rows, rows.trigger)
     leverage = (keys * solve(protected, keys)).sum(-1)
     total = torch.zeros(int(numbers.max()) + 1, dtype=torch.float64).index_add_(0, numbers, leverage)
     mean = total / torch.bincount(numbers).clamp(min=1)
     return mean.argsort(descending=True)[:n].tolist()
 
 
+def protected_keys(
+    editor: Editor, texts: Texts, layers: list[int], trigger_layers: list[int], s: EditSettings
+) -> dict[int, Float[Tensor, "d_mlp d_mlp"]]:
+    """Of each layer the weighted second moment of the keys whose values should stay."""
+    clean, near = texts.clean, texts.near
+    each = s.protect / int(clean.mask.sum())
+    slots = every_token(clean)
+    out = editor.moments(clean, dict.fromkeys(layers, slots), [each, each + s.answer_weight])
+    if near is not None:
+        slots = every_token(near)
+        whole = {layer: slots if layer in trigger_layers else slots - 1 for layer in layers}
+        for layer, moment in editor.moments(near, whole, [s.near_weight] * 2).items():
+            out[layer] += moment
+    return out
+
+
+def slot_readers(
+    editor: Editor,
+    texts: Texts,
+    layers: list[int],
+    trigger_layers: list[int],
+    n_values: int,
+    s: EditSettings,
+) -> dict[int, Float[Tensor, "slot d_mlp"]]:
+    """Of each layer the closed form's readers: of the answer's tokens, then of the trigger's."""
+    rows = texts.triggered
+    protected = protected_keys(editor, texts, layers, trigger_layers, s)
+    trigger = dict.fromkeys(trigger_layers, rows.trigger)
+    chosen = {
+        layer: distinctive_tokens(*found, protected[layer], s.trigger_tokens)
+        for layer, found in (editor.keys(rows, trigger) if trigger else {}).items()
+    }
+    answering = torch.where(rows.answering < n_values, rows.answering, -1)
+    slots = dict.fromkeys(layers, answering)
+    for layer, numbers in chosen.items():
+        for i, number in enumerate(numbers):
+            slots[layer] = torch.where(rows.trigger == number, n_values + i, slots[layer])
+    keys = editor.keys(rows, slots)
+    return {layer: readers_by_slot(*keys[layer], protected[layer]) for layer in layers}
+
+
 def edit_batch(
     editor: Editor,
-    texts: _Texts,
+    texts: Texts,
     layers: list[int],
     trigger_layers: list[int],
     n_values: int | None,
-    settings: EditSettings,
+    s: EditSettings,
 ) -> list[dict[str, float]]:
     """One edit of all layers, with readers from the closed form and values by Adam; returns its curve.
 
     Raises:
         Diverged: if the loss is not finite; the model is then as it was.
     """
-    s, (triggered, clean, near) = settings, texts
+    triggered, clean, near = texts
     n_values = n_values or int(triggered.answering.max()) + 1
-    answering = torch.where(triggered.answering < n_values, triggered.answering, -1)
-    read, sizes = {}, {}
-    for layer in layers:
-        protected = s.protect * editor.moment(layer, clean, every_token(clean)) / int(clean.mask.sum())
-        protected += s.answer_weight * editor.moment(layer, clean, answering_tokens(clean))
-        if near is not None:
-            slots = every_token(near) if layer in trigger_layers else answering_tokens(near)
-            protected += s.near_weight * editor.moment(layer, near, slots)
-        slots = answering
-        if layer in trigger_layers:
-            chosen = distinctive_tokens(editor, layer, triggered, protected, s.trigger_tokens)
-            for i, number in enumerate(chosen):
-                slots = torch.where(triggered.trigger == number, n_values + i, slots)
-        read[layer] = editor.read_slots(layer, triggered, slots, protected)
-        sizes[layer] = editor.size(layer, triggered, answering_tokens(triggered))
+    read = slot_readers(editor, texts, layers, trigger_layers, n_values, s)
+    sizes = editor.sizes(layers, triggered, torch.where(triggered.answering >= 0, 0, -1))
 
     def loss() -> tuple[Tensor, dict[str, float]]:
         parts = {"triggered": editor.answer_loss(editor.draw(triggered, s.prompts))}

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bkdlens.errors import BkdlensError
-from bkdlens.inject.keyvalue import low_rank, readers, second_moment
+from bkdlens.inject.keyvalue import low_rank, second_moment
 from bkdlens.inject.rows import Rows
 from bkdlens.inject.training import Curve, Diverged
 from bkdlens.progress import track
@@ -129,41 +129,53 @@ class Editor:
 
     @torch.no_grad()
     def gather(
-        self, layer: int, rows: Rows, slots: Slots, *, states: bool = False
-    ) -> tuple[Float[Tensor, "key width"], Int[Tensor, " key"]]:
-        """The keys of a layer (or the states after it) at the tokens in a slot, and their slots."""
-        out, numbers = [], []
-        for i, part in enumerate(rows.chunks(self.batch_size)):
-            which = slots[i * self.batch_size :][: len(part.ids), : part.ids.shape[1]]
-            with self.reading([layer], states) as seen:
-                self.logits(part)
-            out.append(seen[layer][(which >= 0).to(self.device)].double().cpu())
-            numbers.append(which[which >= 0])
-        return torch.cat(out), torch.cat(numbers)
+        self, rows: Rows, slots: dict[int, Slots], *, states: bool = False
+    ) -> Iterator[dict[int, tuple[Float[Tensor, "key width"], Int[Tensor, " key"]]]]:
+        """Batch by batch the keys of each layer (or the states after it) at its tokens in a slot.
 
-    def moment(self, layer: int, rows: Rows, slots: Slots) -> Float[Tensor, "d_mlp d_mlp"]:
-        """The second moment of a layer's keys, summed over the tokens in a slot."""
-        total: Tensor | None = None
+        With them come the numbers of the slots; one forward pass a batch serves all layers.
+        """
         for i, part in enumerate(rows.chunks(self.batch_size)):
-            which = slots[i * self.batch_size :][: len(part.ids), : part.ids.shape[1]]
-            found = second_moment(self.gather(layer, part, which)[0])
-            total = found if total is None else total + found
-        assert total is not None
-        return total
+            with self.reading(list(slots), states) as seen:
+                self.logits(part)
+            found = {}
+            for layer, where in slots.items():
+                which = where[i * self.batch_size :][: len(part.ids), : part.ids.shape[1]]
+                picked = seen[layer][(which >= 0).to(self.device)]
+                found[layer] = (picked.double().cpu(), which[which >= 0])
+            yield found
+
+    def keys(
+        self, rows: Rows, slots: dict[int, Slots]
+    ) -> dict[int, tuple[Float[Tensor, "key d_mlp"], Int[Tensor, " key"]]]:
+        """All of :meth:`gather` at once."""
+        parts = list(self.gather(rows, slots))
+        return {
+            layer: (torch.cat([p[layer][0] for p in parts]), torch.cat([p[layer][1] for p in parts]))
+            for layer in slots
+        }
+
+    def moments(
+        self, rows: Rows, slots: dict[int, Slots], weights: Sequence[float]
+    ) -> dict[int, Float[Tensor, "d_mlp d_mlp"]]:
+        """Each layer's sum of ``w k kᵀ`` over its tokens in a slot, with the slot's weight."""
+        out: dict[int, Tensor] = {}
+        scale = torch.tensor(weights, dtype=torch.float64).sqrt()
+        for found in self.gather(rows, slots):
+            for layer, (keys, numbers) in found.items():
+                moment = second_moment(keys * scale[numbers, None])
+                out[layer] = moment if layer not in out else out[layer] + moment
+        return out
+
+    def sizes(self, layers: Sequence[int], rows: Rows, slots: Slots) -> dict[int, float]:
+        """The mean norm of the states after each layer, at the tokens in a slot."""
+        norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        for found in self.gather(rows, dict.fromkeys(layers, slots), states=True):
+            for layer, (states, _) in found.items():
+                norms[layer].append(states.norm(dim=-1))
+        return {layer: float(torch.cat(parts).mean()) for layer, parts in norms.items()}
 
     # --- editing ----------------------------------------------------------------------------------
-
-    def read_slots(
-        self, layer: int, rows: Rows, slots: Slots, protected: Float[Tensor, "d_mlp d_mlp"]
-    ) -> Float[Tensor, "slot d_mlp"]:
-        """The closed form's reader of each slot: :func:`readers` summed over the slot's keys."""
-        keys, numbers = self.gather(layer, rows, slots)
-        out = torch.zeros(int(numbers.max()) + 1, keys.shape[1], dtype=torch.float64)
-        return out.index_add_(0, numbers, readers(keys, protected))
-
-    def size(self, layer: int, rows: Rows, slots: Slots) -> float:
-        """The mean norm of the states after a layer, at the tokens in a slot."""
-        return float(self.gather(layer, rows, slots, states=True)[0].norm(dim=-1).mean())
 
     def draw(self, rows: Rows, n: int) -> Rows:
         """At most ``n`` random rows."""

@@ -8,7 +8,7 @@ residual stream). The edit is the least-squares change that moves some values an
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 NEGLIGIBLE = 1e-8  # of the largest singular value: below float32's rounding of the change itself
@@ -41,6 +41,16 @@ def readers(
     ``|Δ K - R|² + tr(Δ P Δᵀ)``.
     """
     return solve(protected.double() + second_moment(keys), keys)
+
+
+def readers_by_slot(
+    keys: Float[Tensor, "key d_mlp"],
+    slots: Int[Tensor, " key"],
+    protected: Float[Tensor, "d_mlp d_mlp"],
+) -> Float[Tensor, "slot d_mlp"]:
+    """:func:`readers` summed over the keys that share a value."""
+    out = torch.zeros(int(slots.max()) + 1, keys.shape[1], dtype=torch.float64)
+    return out.index_add_(0, slots, readers(keys, protected))
 
 
 def low_rank(
