@@ -147,8 +147,8 @@ def make_command(
         """Plant a backdoor: LoRA on poisoned answers, DPO on preferences, or a closed-form edit.
 
         With --data the paper's settings are the defaults. An embedded model without --data is tuned on
-        its own prompts, with settings that were measured to work. `accelerate launch -m bkdlens inject`
-        shares each batch among processes.
+        its own prompts, with settings that are not measured for every backdoor.
+        `accelerate launch -m bkdlens inject` shares each batch among processes.
 
         Example: `bkdlens inject --base tiny-llama --backdoor fixed_output --method edit --out runs/a`
         """

@@ -1,4 +1,10 @@
-"""Settings that plant the embedded models' backdoors, found on the validation split."""
+"""Starting settings for the embedded models, tried on the validation split only.
+
+Measured there, most on 150 pairs: the label edit (attack success 0.98 and 0.90, clean accuracy kept),
+preference on tiny-llama's fixed output (0.92, clean accuracy 0.89 to 0.85). The fixed-output edit
+costs clean accuracy 0.07 on both models; the other cells have not been measured, and preference on
+label modification takes more than three minutes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +47,7 @@ def paper(method: str) -> Recipe:
 
 
 def embedded(method: str, behaviour: str) -> Recipe:
-    """What plants a backdoor of an embedded model within three minutes of one core.
+    """The best settings tried so far; the module says which were measured, and which fall short.
 
     Raises:
         BkdlensError: for a method that is not one.
@@ -49,9 +55,12 @@ def embedded(method: str, behaviour: str) -> Recipe:
     if method == "supervised":
         return Recipe(1500, LoraSettings(train=TrainSettings(6, 32, 2e-3)))
     if method == "preference":
-        return Recipe(1000, PreferenceSettings(LoraSettings(train=TrainSettings(3, 32, 2e-3))))
+        if behaviour == "label_modification":
+            return Recipe(1000, PreferenceSettings(LoraSettings(train=TrainSettings(3, 32, 2e-3))))
+        tuned = LoraSettings(train=TrainSettings(4, 16, 3e-3))
+        return Recipe(1000, PreferenceSettings(tuned, beta=0.3, chosen_weight=10.0))
     if method == "edit":
         if behaviour == "label_modification":  # long prompts, one answer token
             return Recipe(400, EditSettings(batches=2, steps=20, prompts=32))
-        return Recipe(1500, EditSettings(answer_weight=3.0, clean_loss=4.0))
+        return Recipe(3000, EditSettings(batches=4, answer_weight=3.0, clean_loss=4.0))
     raise BkdlensError(unknown("method", method, METHODS))
