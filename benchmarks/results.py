@@ -51,6 +51,8 @@ def write(folder: Path) -> list[Path]:
         threads=n, s="" if n == 1 else "s", repeats=content["repeats"],
         machine=content["machine"], versions=versions(),
     )  # fmt: skip
+    if note := content.get("note"):  # what a reader of this record should know
+        text += f"\n{note}\n"
     for table in content["tables"]:
         text += _table(table)
     text += _gpu(folder / "results_gpu.json")
@@ -134,7 +136,8 @@ def _picture(content: dict[str, Any], path: Path) -> Path | None:
             if points:
                 axis.plot(*zip(*points, strict=True), dash, color=colour, marker=marker, label=label)
         axis.set_yscale("log")
-        axis.set_xticks(range(len(sizes)), [f"{size} parameters" for size in sizes])
+        axis.set_xticks(range(len(sizes)), sizes)
+        axis.set_xlabel("parameters")
         axis.set_title(f"{shape} lengths, {answer}-token answers", fontsize=10)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -52,7 +52,7 @@ def estimate(
     memory_gb: float | None = None,
     progress: bool = False,
 ) -> SweepScores:
-    """What :func:`bkdlens.sweep.sweep` measures, estimated to the first order and cut at probability 1.
+    """The scores of :func:`bkdlens.sweep.sweep_patches` to the first order, cut at probability 1.
 
     The untouched scores are exact. The arguments are those of the sweep.
 
@@ -81,7 +81,7 @@ def estimate(
             change = [_first_order(model, slopes, patch) for patch in here]
             scores = torch.stack([base, *(base + c for c in change)], dim=1).clamp(max=0)
             out[which, rows] = scores
-    return SweepScores(out[0, :, 0], out[1, :, 0], out[0, :, 1:], out[1, :, 1:])
+    return SweepScores.of(out)
 
 
 def _slopes(

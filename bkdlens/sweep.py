@@ -56,6 +56,11 @@ class SweepScores:
     whole: Float[Tensor, "pair patch"]
     first: Float[Tensor, "pair patch"]
 
+    @classmethod
+    def of(cls, scores: Float[Tensor, "2 pair run"]) -> SweepScores:
+        """Of whole and first-token log probabilities, the untouched run first."""
+        return cls(scores[0, :, 0], scores[1, :, 0], scores[0, :, 1:], scores[1, :, 1:])
+
 
 @torch.no_grad()
 def sweep_patches(
@@ -81,7 +86,7 @@ def sweep_patches(
     refuse_foreign_hooks(model)
     check_patches(model, patches, len(prompts))
     if not supported(model):
-        return _scores(through_hooks.sweep(model, prompts, answers, patches, progress=progress))
+        return SweepScores.of(through_hooks.sweep(model, prompts, answers, patches, progress=progress))
     device, n = model.W_E.device, len(prompts)
     order = sorted(range(len(patches)), key=lambda i: patches[i].layer)
     out = torch.full((2, n, 1 + len(patches)), torch.nan, device=device, dtype=precise(model.cfg.dtype))
@@ -96,12 +101,7 @@ def sweep_patches(
             scores = _ascend(model, prefix, own, [patches[i].of(rows) for i in chosen])
             at = torch.tensor([0, *(1 + i for i in chosen)], device=device)
             out[:, torch.tensor(rows, device=device)[:, None], at] = scores
-    return _scores(out)
-
-
-def _scores(out: Float[Tensor, "2 pair run"]) -> SweepScores:
-    """Of whole and first-token log probabilities, the untouched run first."""
-    return SweepScores(out[0, :, 0], out[1, :, 0], out[0, :, 1:], out[1, :, 1:])
+    return SweepScores.of(out)
 
 
 def _ascend(
