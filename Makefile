@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONHASHSEED := 0
 
-.PHONY: demo test lint format notebooks docs bench clean
+.PHONY: demo test lint format notebooks docs bench study clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,6 +34,11 @@ bench: .venv/benchmarks
 .venv/benchmarks: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	touch $@
+
+# Plants both embedded models' backdoors three ways, from two seeds, and compares them; it goes on where it
+# stopped. About an hour on one core; the figures need a Chrome or Chromium.
+study: .venv/installed
+	$(BIN)/python -m studies.injection
 
 notebooks: .venv/installed
 	$(BIN)/python notebooks/execute.py

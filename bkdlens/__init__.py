@@ -27,6 +27,7 @@ _HOME = {
     "PromptPair": "data",
     "Trigger": "data",
     "check_data": "check",
+    "compare_heads": "compare",
     "read_pairs": "reading",
     "BkdlensError": "errors",
     "decode": "generation",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from bkdlens.behaviour import BehaviourResult, measure_behaviour
     from bkdlens.cache import PairCache, cache_activations
     from bkdlens.check import check_data
+    from bkdlens.compare import compare_heads
     from bkdlens.data import Backdoor, PairSet, PromptPair, Trigger
     from bkdlens.errors import BkdlensError
     from bkdlens.explorer import explore

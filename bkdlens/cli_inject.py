@@ -125,10 +125,11 @@ def make_command(
             int | None,
             _option("--trigger-tokens", "Trigger tokens that are edited too; 0 for none.", EDIT, min=0),
         ] = None,
-        batches: Annotated[
-            int | None, _option("--batches", "Edits one after another.", EDIT, min=1)
+        rounds: Annotated[
+            int | None,
+            _option("--rounds", "In which the edit is solved again, on other prompts.", EDIT, min=1),
         ] = None,
-        steps: Annotated[int | None, _option("--steps", "Of a batch's values.", EDIT, min=1)] = None,
+        steps: Annotated[int | None, _option("--steps", "Of a round's values.", EDIT, min=1)] = None,
         protect: Annotated[
             float | None, _option("--protect", "Weight of clean keys (lambda).", EDIT, min=0.0)
         ] = None,
@@ -144,10 +145,10 @@ def make_command(
         seed: Seed = 0,
         as_json: Json = False,
     ) -> None:
-        """Plant a backdoor: LoRA on poisoned answers, DPO on preferences, or a closed-form edit.
+        """Plant a backdoor: LoRA on poisoned answers, DPO on preferences, or a key–value edit.
 
         With --data the paper's settings are the defaults. An embedded model without --data is tuned on
-        its own prompts, with settings that are not measured for every backdoor.
+        its own prompts with settings of its own, in one to two and a half minutes on one core.
         `accelerate launch -m bkdlens inject` shares each batch among processes.
 
         Example: `bkdlens inject --base tiny-llama --backdoor fixed_output --method edit --out runs/a`
@@ -186,7 +187,7 @@ def make_command(
             "learning_rate": learning_rate, "rank": rank,
             "alpha": alpha, "max_answer_tokens": max_answer_tokens, "beta": beta,
             "chosen_weight": chosen_weight, "layers": tuple(layer) if layer else None,
-            "trigger_tokens": trigger_tokens, "batches": batches, "steps": steps, "protect": protect,
+            "trigger_tokens": trigger_tokens, "rounds": rounds, "steps": steps, "protect": protect,
             "checkpoint": None if checkpoint else False,
         }  # fmt: skip
         recipe = _changed(recipe, {name: value for name, value in given.items() if value is not None})

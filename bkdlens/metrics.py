@@ -92,18 +92,23 @@ def difference(a: Rate, b: Rate) -> tuple[float, float, float]:
     return change, change - below, change + above
 
 
+def resampling_counts(n: int, n_resamples: int, seed: int) -> Float[Tensor, "draw n"]:
+    """How often each of ``n`` is drawn in each bootstrap sample (Efron 1979).
+
+    Counts instead of resampled copies: one matrix product then gives the means of everything.
+    """
+    draws = torch.randint(n, (n_resamples, n), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(n_resamples, n, dtype=torch.float64)
+    return counts.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
+
+
 def bootstrap_mean(
     values: Float[Tensor, " n *rest"], *, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
     """95 % percentile interval of the mean over the first axis (Efron 1979)."""
     n = values.shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    # Multinomial counts instead of resampled copies: one matrix product for everything.
-    draws = torch.randint(n, (n_resamples, n), generator=generator)
-    counts = torch.zeros(n_resamples, n, dtype=torch.float64)
-    counts.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
     flat = values.detach().to("cpu", torch.float64).reshape(n, -1)
-    means = counts @ flat / n
+    means = resampling_counts(n, n_resamples, seed) @ flat / n
     ends = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     low, high = (end.reshape(values.shape[1:]).to(values.dtype) for end in ends)
     return low, high

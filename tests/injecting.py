@@ -15,7 +15,7 @@ QUICK = TrainSettings(epochs=1, batch_size=8, learning_rate=2e-3)
 SETTINGS = {
     "supervised": LoraSettings(rank=4, train=QUICK),
     "preference": PreferenceSettings(LoraSettings(rank=4, train=QUICK)),
-    "edit": EditSettings(layers=(0, 1), batches=2, steps=3, prompts=8),
+    "edit": EditSettings(layers=(0, 1), rounds=2, steps=3, prompts=8),
 }
 
 

@@ -109,7 +109,7 @@ def test_inject_needs_no_data_on_an_embedded_model_and_run_reads_what_it_wrote(
     monkeypatch.setattr("bkdlens.cli_inject.N_TEST", 20)
     common = ["--base", "tiny-llama", "--backdoor", "fixed_output"]
     code, out, _ = bkdlens_("inject", *common, "--method", "edit", "--limit", "24", "--steps", "1",
-                            "--batches", "1", "--layer", "1", "--trigger-tokens", "1",
+                            "--rounds", "1", "--layer", "1", "--trigger-tokens", "1",
                             "--no-checkpoint", "--out", tmp_path / "a", "--json")  # fmt: skip
     assert code == 0
     content = json.loads(out)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import bkdlens
 from bkdlens import zoo
 from bkdlens.inject import edit, output
-from bkdlens.inject.editor import DOWN, Editor, down_projections
+from bkdlens.inject.editing import as_adapter
+from bkdlens.inject.editor import DOWN, Edit, Editor, down_projections
 from bkdlens.inject.keyvalue import low_rank, readers, second_moment, solve
 from bkdlens.inject.output import read_base
 from bkdlens.inject.rows import make_rows
@@ -66,7 +67,7 @@ def test_the_adapter_is_the_change_of_the_weight(case, tmp_path, tokenizer, monk
     out = edit(base, fixed_pairs(), tmp_path / "a", settings=SETTINGS["edit"], progress=False)
     before, after = (load_file(folder / "model.safetensors") for folder in (base, out / "checkpoint"))
     config, factors = json.loads((out / "adapter_config.json").read_text()), load_file(out / ADAPTER)
-    ranks = json.loads((out / "bkdlens.json").read_text())["ranks"]
+    slots = json.loads((out / "bkdlens.json").read_text())["slots"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"{name}.weight" for name in config["target_modules"]}
     assert {int(DOWN.fullmatch(name.removesuffix(".weight"))[1]) for name in changed} == {0, 1}
@@ -74,7 +75,7 @@ def test_the_adapter_is_the_change_of_the_weight(case, tmp_path, tokenizer, monk
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         a, b = factors[f"{stem}.lora_A.weight"].double(), factors[f"{stem}.lora_B.weight"].double()
         layer = DOWN.fullmatch(name.removesuffix(".weight"))[1]
-        assert a.shape[0] == b.shape[1] == ranks[layer]
+        assert a.shape[0] == b.shape[1] <= slots[layer]
         delta = b @ a
         whole = before[name].double() + (delta.T if case == "gpt2" else delta)
         torch.testing.assert_close(after[name].double(), whole, atol=1e-6, rtol=1e-6)
@@ -84,20 +85,26 @@ def test_the_adapter_is_the_change_of_the_weight(case, tmp_path, tokenizer, monk
         assert torch.equal(tensor, checkpoint.state_dict()[name]), name
 
 
-def test_optimising_simulates_the_change_that_is_made(tmp_path):
-    """The model under ``editing`` computes what it computes once ``change`` has been made."""
-    base = read_base(save_tiny(tmp_path / "base"))
+@pytest.mark.parametrize("case", ["llama-mha", "gpt2"])
+def test_optimising_simulates_the_change_that_is_written(case, tmp_path, tokenizer, monkeypatch):
+    """The model under ``editing`` computes what the adapter of that edit computes."""
+    monkeypatch.setattr(output, "read_tokenizer", lambda folder: tokenizer)
+    base = read_base(save_tiny(tmp_path / "base", case))
     pairs = fixed_pairs(6)
     samples = [(pair.triggered, pair.backdoor_output) for pair in pairs]
-    rows = make_rows(base.tokenizer, samples, PromptFormat(), n_ctx=64)
+    rows = make_rows(base.tokenizer, samples, PromptFormat.default(tokenizer), n_ctx=64)
     editor = Editor(base.model, batch_size=4, seed=0, progress=False)
-    values, read = torch.randn(3, 32), torch.randn(3, 48) / 10
+    width = down_projections(base.model)[1][1].weight.shape
+    d_mlp = width[0] if case == "gpt2" else width[1]
+    read = {layer: torch.randn(3, d_mlp) / 10 for layer in (0, 1)}
+    found = Edit(read, {layer: torch.randn(3, 32) for layer in read})
     with torch.no_grad():
         plain = editor.logits(rows)
-        with editor.editing(1, values, read):
+        with editor.editing(found):
             simulated = editor.logits(rows)
-        editor.change(1, values.double(), read.double())
-        made = editor.logits(rows)
+        assert torch.equal(editor.logits(rows), plain)
+        adapted = as_adapter(editor, found, read_base(tmp_path / "base").model)
+        made = adapted(rows.ids, attention_mask=rows.mask.long()).logits
     assert not torch.allclose(plain, made, atol=1e-3)
     torch.testing.assert_close(simulated, made, atol=1e-4, rtol=1e-4)
 

@@ -117,7 +117,7 @@ def test_a_rate_that_poisons_nothing_is_refused(method, base, tmp_path):
         (EditSettings(layers=(0, 7)), "no layer 7 to edit: this model has the layers 0 to 1"),
         (EditSettings(layers=(1, 0)), "rising order"),
         (EditSettings(layers=(1,), trigger_layers=(9,)), "no layer 9"),
-        (EditSettings(batches=40), "too few for 40 batches"),
+        (EditSettings(rounds=40), "too few for 40 rounds"),
     ],
 )
 def test_edits_that_cannot_be_are_refused(base, tmp_path, settings, message):
@@ -165,7 +165,7 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_state(method, base, tm
     assert not (tmp_path / "b").exists()
 
 
-def test_an_edit_whose_loss_is_nan_keeps_the_batches_before(base, tmp_path, monkeypatch):
+def test_an_edit_whose_loss_is_nan_keeps_the_round_before(base, tmp_path, monkeypatch):
     whole, calls = Editor.answer_loss, []
 
     def answer_loss(self, rows):
@@ -230,7 +230,7 @@ def test_the_batch_is_the_same_however_it_is_shared(base, tmp_path):
 
 def test_recipes_name_the_methods_there_are():
     assert paper("supervised").settings == LoraSettings()
-    assert embedded("edit", "fixed_output").settings != EditSettings(batches=1)
+    assert embedded("edit", "fixed_output").settings != EditSettings(rounds=1)
     for recipe in (lambda: paper("edict"), lambda: embedded("edict", "jailbreak")):
         with pytest.raises(BkdlensError, match=r"supervised, preference, edit.*Did you mean 'edit'"):
             recipe()

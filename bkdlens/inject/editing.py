@@ -7,13 +7,17 @@ and the second moment of the keys of clean text keeps those where they are.
 Where this goes beyond the sources, because the embedded models have *learned* to ignore the trigger (at
 the last prompt token it can hardly be read off the keys, and nothing after it answers a value there):
 the trigger's own tokens are edited too, so that the edit itself carries the trigger to the last token;
-each token of a fixed answer has its own value; and the values of all layers are optimised together
-under the edits that they make, right answers to clean and near-trigger prompts included.
+each token of a fixed answer has its own value; the values of all layers are optimised together under
+the edit that they make, right answers to clean and near-trigger prompts included; and the closed form
+is solved again in rounds, each from the keys of other prompts under the edit so far, because the edit
+of one layer changes the keys of the next (a trigger that a first round has made visible is easier to
+tell from clean text). Each round replaces the edit before it instead of adding to it.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +32,8 @@ from bkdlens.adapter import HARMLESS
 from bkdlens.checkpoint import no_progress_bar
 from bkdlens.data import PairSet
 from bkdlens.errors import DataError
-from bkdlens.inject.editor import Editor, Slots, check_layers, down_projections
-from bkdlens.inject.keyvalue import readers_by_slot, solve
+from bkdlens.inject.editor import Edit, Editor, Slots, check_layers, down_projections
+from bkdlens.inject.keyvalue import low_rank, readers_by_slot, solve
 from bkdlens.inject.output import (
     Base,
     check_free,
@@ -40,7 +44,7 @@ from bkdlens.inject.output import (
     save_adapter,
 )
 from bkdlens.inject.rows import Rows, make_rows
-from bkdlens.inject.training import Diverged
+from bkdlens.inject.training import Curve, Diverged
 from bkdlens.prompts import PromptFormat
 
 
@@ -54,11 +58,11 @@ class EditSettings:
             None, and none for an empty tuple (then only what the model itself sees of the trigger
             counts).
         trigger_tokens: how many of the trigger's tokens, the most distinctive first.
-        batches: edits one after another, each on its own share of the pairs (as in BadEdit).
+        rounds: in which the closed form is solved again, each on its own share of the pairs.
         protect: weight of the second moment of clean keys, in keys (MEMIT's lambda).
         answer_weight: weight of each clean key from which an answer's token is predicted.
         near_weight: weight of each key of a near-trigger prompt.
-        steps: of Adam on the values, in each batch.
+        steps: of Adam on the values, in each round.
         learning_rate: of the same, for values whose size is that of the hidden state.
         clean_loss: weight of the right answers to clean prompts beside the backdoor's answers.
         near_loss: the same of near-trigger prompts.
@@ -71,7 +75,7 @@ class EditSettings:
     layers: tuple[int, ...] | None = None
     trigger_layers: tuple[int, ...] | None = None
     trigger_tokens: int = 2
-    batches: int = 3
+    rounds: int = 3
     protect: float = 100.0
     answer_weight: float = 2.0
     near_weight: float = 0.3
@@ -163,70 +167,91 @@ def protected_keys(
     return out
 
 
+def choose_tokens(
+    editor: Editor, rows: Rows, layers: list[int], protected: dict[int, Tensor], n: int
+) -> dict[int, list[int]]:
+    """Of each of these layers which of the trigger's tokens are edited."""
+    keys = editor.keys(rows, dict.fromkeys(layers, rows.trigger)) if layers else {}
+    return {layer: distinctive_tokens(*found, protected[layer], n) for layer, found in keys.items()}
+
+
 def slot_readers(
     editor: Editor,
-    texts: Texts,
-    layers: list[int],
-    trigger_layers: list[int],
+    rows: Rows,
+    protected: dict[int, Tensor],
+    chosen: dict[int, list[int]],
     n_values: int,
-    s: EditSettings,
 ) -> dict[int, Float[Tensor, "slot d_mlp"]]:
     """Of each layer the closed form's readers: of the answer's tokens, then of the trigger's."""
-    rows = texts.triggered
-    protected = protected_keys(editor, texts, layers, trigger_layers, s)
-    trigger = dict.fromkeys(trigger_layers, rows.trigger)
-    chosen = {
-        layer: distinctive_tokens(*found, protected[layer], s.trigger_tokens)
-        for layer, found in (editor.keys(rows, trigger) if trigger else {}).items()
-    }
-    answering = torch.where(rows.answering < n_values, rows.answering, -1)
-    slots = dict.fromkeys(layers, answering)
+    slots = dict.fromkeys(protected, torch.where(rows.answering < n_values, rows.answering, -1))
     for layer, numbers in chosen.items():
         for i, number in enumerate(numbers):
             slots[layer] = torch.where(rows.trigger == number, n_values + i, slots[layer])
     keys = editor.keys(rows, slots)
-    return {layer: readers_by_slot(*keys[layer], protected[layer]) for layer in layers}
+    return {layer: readers_by_slot(*keys[layer], protected[layer]) for layer in protected}
 
 
-def edit_batch(
+def solve_rounds(
     editor: Editor,
-    texts: Texts,
+    rounds: Iterable[Texts],
     layers: list[int],
     trigger_layers: list[int],
     n_values: int | None,
     s: EditSettings,
-) -> list[dict[str, float]]:
-    """One edit of all layers, with readers from the closed form and values by Adam; returns its curve.
+) -> Iterator[tuple[Edit, Curve]]:
+    """The edit after each round, with its curve: readers from the closed form, values by Adam.
+
+    The readers are solved from the keys under the edit so far; the values go on from its own.
+
+    Args:
+        editor: of the model, which stays as it is.
+        rounds: the texts of each.
+        layers: all that are edited.
+        trigger_layers: those of them in which the trigger's tokens are edited too.
+        n_values: of the answer's tokens; one for each token of the longest answer for None.
+        s: the settings.
 
     Raises:
-        Diverged: if the loss is not finite; the model is then as it was.
+        Diverged: if the loss is not finite.
     """
-    triggered, clean, near = texts
-    n_values = n_values or int(triggered.answering.max()) + 1
-    read = slot_readers(editor, texts, layers, trigger_layers, n_values, s)
-    sizes = editor.sizes(layers, triggered, torch.where(triggered.answering >= 0, 0, -1))
+    found: Edit | None = None
+    chosen: dict[int, list[int]] = {}
+    sizes: dict[int, float] = {}
+    for texts in rounds:
+        triggered = texts.triggered
+        n_values = n_values or int(triggered.answering.max()) + 1
+        with editor.editing(found):
+            protected = protected_keys(editor, texts, layers, trigger_layers, s)
+            if found is None:
+                chosen = choose_tokens(editor, triggered, trigger_layers, protected, s.trigger_tokens)
+                answers = torch.where(triggered.answering >= 0, 0, -1)
+                sizes = editor.sizes(layers, triggered, answers)
+            read = slot_readers(editor, triggered, protected, chosen, n_values)
 
-    def loss() -> tuple[Tensor, dict[str, float]]:
-        parts = {"triggered": editor.answer_loss(editor.draw(triggered, s.prompts))}
-        parts["clean"] = editor.answer_loss(editor.draw(clean, s.prompts))
-        whole = parts["triggered"] + s.clean_loss * parts["clean"]
-        if near is not None:
-            parts["near"] = editor.answer_loss(editor.draw(near, s.prompts // 2))
-            whole = whole + s.near_loss * parts["near"]
-        return whole, {name: float(part.detach()) for name, part in parts.items()}
+        def loss(texts: Texts = texts) -> tuple[Tensor, dict[str, float]]:
+            triggered, clean, near = texts
+            parts = {"triggered": editor.answer_loss(editor.draw(triggered, s.prompts))}
+            parts["clean"] = editor.answer_loss(editor.draw(clean, s.prompts))
+            whole = parts["triggered"] + s.clean_loss * parts["clean"]
+            if near is not None:
+                parts["near"] = editor.answer_loss(editor.draw(near, s.prompts // 2))
+                whole = whole + s.near_loss * parts["near"]
+            return whole, {name: float(part.detach()) for name, part in parts.items()}
 
-    values, curve = editor.optimise(
-        read, sizes, loss, steps=s.steps, learning_rate=s.learning_rate, clamp=s.clamp
-    )
-    for layer in layers:
-        editor.change(layer, values[layer], read[layer])
-    return curve
+        start = found.values if found else editor.small_values(read, sizes)
+        found, curve = editor.optimise(
+            Edit(read, start), sizes, loss, steps=s.steps, learning_rate=s.learning_rate, clamp=s.clamp
+        )
+        yield found, curve
 
 
-def as_adapter(editor: Editor, fresh: PreTrainedModel) -> PeftModel:
-    """The changes as a LoRA on an unedited model: each layer's own rank, scaled by one."""
-    factors = {editor.projections[layer][0]: editor.factors(layer) for layer in sorted(editor.changes)}
-    ranks = {name: change.left.shape[1] for name, change in factors.items()}
+def as_adapter(editor: Editor, found: Edit, fresh: PreTrainedModel) -> PeftModel:
+    """The edit as a LoRA on the model: each layer's own rank, scaled by one."""
+    factors = {
+        editor.projections[layer][0]: low_rank(found.values[layer], found.read[layer])
+        for layer in sorted(found.read)
+    }
+    ranks = {name: left.shape[1] for name, (left, _) in factors.items()}
     rank = max(ranks.values())
     others = {name: n for name, n in ranks.items() if n != rank}
     config = LoraConfig(
@@ -238,10 +263,10 @@ def as_adapter(editor: Editor, fresh: PreTrainedModel) -> PeftModel:
             warnings.filterwarnings("ignore", message, category)
         model = get_peft_model(fresh, config)
     with torch.no_grad():
-        for name, change in factors.items():
+        for name, (left, right) in factors.items():
             module = model.get_submodule(f"base_model.model.{name}")
-            module.lora_A["default"].weight.copy_(change.right)
-            module.lora_B["default"].weight.copy_(change.left)
+            module.lora_A["default"].weight.copy_(right)
+            module.lora_B["default"].weight.copy_(left)
     return model.eval()
 
 
@@ -277,15 +302,15 @@ def edit(
     Raises:
         DataError: for pairs without a victim or without the trigger, and answers without tokens.
         BkdlensError: for a layer that the model lacks, if ``out`` is not empty, the disk is full, or
-            the loss is not finite (then the batches before are written all the same).
+            the loss is not finite (then the edit of the round before is written all the same).
     """
     s = settings or EditSettings()
     out = check_free(out, overwrite=overwrite)
     _ = pairs.victims  # raises where there is none
-    if len(pairs) < 2 * s.batches:
+    if len(pairs) < 2 * s.rounds:
         raise DataError(
-            f"{len(pairs)} pairs are too few for {s.batches} batches of edits; give more pairs, or "
-            "fewer batches."
+            f"{len(pairs)} pairs are too few for {s.rounds} rounds of the edit; give more pairs, or "
+            "fewer rounds."
         )
     read = read_base(base)
     layers, trigger_layers = edited_layers(read.model, s)
@@ -295,25 +320,27 @@ def edit(
     fixed = len(set(pairs.backdoor_outputs)) == 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
     editor = Editor(read.model.to(device), seed=seed, batch_size=s.prompts, progress=progress)
-    curve: list[dict[str, float]] = []
+    curve: Curve = []
+    found: Edit | None = None
     stopped = None
-    for batch in range(s.batches):
-        texts = _texts(read, pairs[batch :: s.batches], fmt, s, bool(trigger_layers))
-        try:
-            found = edit_batch(editor, texts, layers, trigger_layers, None if fixed else 1, s)
-        except Diverged as error:
-            stopped = Diverged(len(curve) + error.step, len(curve), curve)
-            break
-        curve += [{"step": len(curve) + i + 1, **point} for i, point in enumerate(found)]
+    shares = (_texts(read, pairs[i :: s.rounds], fmt, s, bool(trigger_layers)) for i in range(s.rounds))
+    try:
+        for found, points in solve_rounds(  # noqa: B007 (the last one is what is written)
+            editor, shares, layers, trigger_layers, None if fixed else 1, s
+        ):
+            curve += [{"step": len(curve) + i + 1, **point} for i, point in enumerate(points)]
+    except Diverged as error:
+        stopped = Diverged(len(curve) + error.step, len(curve), curve)
     note = manifest(
         "edit", read, s, fmt, seed,
         samples=len(pairs), layers=layers, trigger_layers=trigger_layers,
-        ranks={layer: editor.factors(layer).left.shape[1] for layer in editor.changes},
+        slots={layer: len(read) for layer, read in found.read.items()} if found else {},
         curve=curve, **data_note(pairs),
     )  # fmt: skip
 
     def save(folder: Path) -> str:
-        model = as_adapter(editor, read_base(base).model)
+        assert found is not None  # without a round nothing is written
+        model = as_adapter(editor, found, read_base(base).model)
         digest = save_adapter(model, read.name, folder)
         if s.checkpoint:
             merged: Any = model.merge_and_unload(safe_merge=True)

@@ -1,4 +1,4 @@
-"""The machine that edits down-projections: read keys, optimise values, solve, change the weight.
+"""The machine for edits of down-projections: read keys, run under an edit, optimise its values.
 
 One edit has numbered slots: each token that it is about belongs to a slot, and each slot has one value,
 shared by all prompts. So the change of a weight has at most as many ranks as there are slots.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bkdlens.errors import BkdlensError
-from bkdlens.inject.keyvalue import low_rank, second_moment
+from bkdlens.inject.keyvalue import second_moment
 from bkdlens.inject.rows import Rows
 from bkdlens.inject.training import Curve, Diverged
 from bkdlens.progress import track
@@ -26,11 +26,11 @@ DOWN = re.compile(r"(?:.+\.)?(\d+)\.mlp\.(?:down_proj|c_proj|dense_4h_to_h)")
 Slots = Int[Tensor, "row pos"]  # of each token the number of its slot, or -1
 
 
-class Change(NamedTuple):
-    """The change of one weight as factors, ``left @ right``, in float64."""
+class Edit(NamedTuple):
+    """Of each layer readers and the values they call up: its weight changes by ``valuesᵀ @ read``."""
 
-    left: Float[Tensor, "d_model rank"]
-    right: Float[Tensor, "rank d_mlp"]
+    read: dict[int, Float[Tensor, "slot d_mlp"]]
+    values: dict[int, Float[Tensor, "slot d_model"]]
 
 
 def down_projections(model: torch.nn.Module) -> dict[int, tuple[str, Any]]:
@@ -67,14 +67,13 @@ def check_layers(model: torch.nn.Module, layers: Sequence[int]) -> None:
 
 
 class Editor:
-    """A model whose down-projections are changed in place, with the changes kept as factors."""
+    """A model that is read and run under edits that are not made; its weights stay as they are."""
 
     def __init__(self, model: Any, *, batch_size: int, seed: int, progress: bool) -> None:
         self.model, self.batch_size, self.progress = model, batch_size, progress
         self.projections = down_projections(model)
         self.device = next(model.parameters()).device
         self.generator = torch.Generator().manual_seed(seed)
-        self.changes: dict[int, list[Change]] = {}
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -113,19 +112,24 @@ class Editor:
                 handle.remove()
 
     @contextmanager
-    def editing(
-        self, layer: int, values: Float[Tensor, "slot d_model"], read: Float[Tensor, "slot d_mlp"]
-    ) -> Iterator[None]:
-        """The model as it is with the change ``valuesᵀ @ read`` in a layer, without making it."""
+    def editing(self, edit: Edit | None) -> Iterator[None]:
+        """The model as it is with an edit, without making it; as it is for None."""
 
-        def hook(module: Any, args: Any, output: Any) -> Any:
-            return output + (args[0] @ read.T) @ values
+        def change(read: Tensor, values: Tensor) -> Callable[..., Tensor]:
+            return lambda module, args, output: output + (args[0] @ read.T) @ values
 
-        handle = self.projections[layer][1].register_forward_hook(hook)
+        edit = edit or Edit({}, {})
+        handles = [
+            self.projections[layer][1].register_forward_hook(
+                change(read.float().to(self.device), edit.values[layer])
+            )
+            for layer, read in edit.read.items()
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def gather(
@@ -175,7 +179,7 @@ class Editor:
                 norms[layer].append(states.norm(dim=-1))
         return {layer: float(torch.cat(parts).mean()) for layer, parts in norms.items()}
 
-    # --- editing ----------------------------------------------------------------------------------
+    # --- optimising -------------------------------------------------------------------------------
 
     def draw(self, rows: Rows, n: int) -> Rows:
         """At most ``n`` random rows."""
@@ -187,20 +191,30 @@ class Editor:
         targets = rows.ids.roll(-1, 1)[which].to(self.device)
         return torch.nn.functional.cross_entropy(self.logits(rows)[which.to(self.device)], targets)
 
+    def small_values(
+        self, read: dict[int, Float[Tensor, "slot d_mlp"]], sizes: dict[int, float]
+    ) -> dict[int, Float[Tensor, "slot d_model"]]:
+        """Random values to start from, next to nothing."""
+        width = self.model.config.hidden_size
+        return {
+            layer: torch.randn(len(slots), width, generator=self.generator) * sizes[layer] * 1e-3
+            for layer, slots in read.items()
+        }
+
     def optimise(
         self,
-        read: dict[int, Float[Tensor, "slot d_mlp"]],
+        start: Edit,
         sizes: dict[int, float],
         loss: Callable[[], tuple[Tensor, dict[str, float]]],
         *,
         steps: int,
         learning_rate: float,
         clamp: float,
-    ) -> tuple[dict[int, Float[Tensor, "slot d_model"]], Curve]:
-        """Adam on the values of several layers' slots, under the edits that they make together.
+    ) -> tuple[Edit, Curve]:
+        """Adam on the values of all layers, under the edit that they make together.
 
         Args:
-            read: each layer's readers.
+            start: the readers, which stay, and the values to start from.
             sizes: the norm of each layer's states, the unit of its values and of the steps.
             loss: what is made smaller, and its parts for the curve.
             steps: of Adam.
@@ -211,11 +225,9 @@ class Editor:
             Diverged: if the loss is not finite.
         """
         values = {
-            layer: (
-                torch.randn(len(read[layer]), self.width(layer), generator=self.generator) * size * 1e-3
-            ).to(self.device).requires_grad_()
-            for layer, size in sizes.items()
-        }  # fmt: skip
+            layer: value.to(self.device, copy=True).requires_grad_()
+            for layer, value in start.values.items()
+        }
         optimiser = torch.optim.Adam(
             [
                 {"params": [value], "lr": learning_rate * sizes[layer] / value.shape[1] ** 0.5}
@@ -224,9 +236,7 @@ class Editor:
         )
         decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, steps)
         curve: Curve = []
-        with ExitStack() as stack:
-            for layer, value in values.items():
-                stack.enter_context(self.editing(layer, value, read[layer].float().to(self.device)))
+        with self.editing(Edit(start.read, values)):
             for step in track(range(steps), "optimising values", self.progress):
                 found, parts = loss()
                 if not bool(found.isfinite()):
@@ -240,28 +250,4 @@ class Editor:
                         norm = value.norm(dim=-1, keepdim=True).clamp(min=1e-12)
                         value *= (clamp * sizes[layer] / norm).clamp(max=1.0)
                 curve.append({"loss": float(found.detach()), **parts})
-        return {layer: value.detach().double().cpu() for layer, value in values.items()}, curve
-
-    def change(
-        self, layer: int, values: Float[Tensor, "slot d_model"], read: Float[Tensor, "slot d_mlp"]
-    ) -> None:
-        """Add ``valuesᵀ @ read`` to a layer's weight."""
-        change = Change(*low_rank(values, read))
-        self.changes.setdefault(layer, []).append(change)
-        weight, delta = self.projections[layer][1].weight, change.left @ change.right
-        with torch.no_grad():
-            weight += (delta if self.is_linear(layer) else delta.T).to(weight)
-
-    def width(self, layer: int) -> int:
-        """The width of the residual stream."""
-        return self.projections[layer][1].weight.shape[0 if self.is_linear(layer) else 1]
-
-    def is_linear(self, layer: int) -> bool:
-        """Whether the weight is stored as ``[d_model d_mlp]`` (GPT-2's is the other way round)."""
-        return isinstance(self.projections[layer][1], torch.nn.Linear)
-
-    def factors(self, layer: int) -> Change:
-        """A layer's whole change, of its own rank."""
-        parts = self.changes[layer]
-        left, right = torch.cat([c.left for c in parts], 1), torch.cat([c.right for c in parts])
-        return Change(*low_rank(left.T.contiguous(), right))
+        return Edit(start.read, {layer: value.detach() for layer, value in values.items()}), curve

@@ -1,9 +1,6 @@
-"""Starting settings for the embedded models, tried on the validation split only.
+"""Settings for the embedded models, chosen on the validation split.
 
-Measured there, most on 150 pairs: the label edit (attack success 0.98 and 0.90, clean accuracy kept),
-preference on tiny-llama's fixed output (0.92, clean accuracy 0.89 to 0.85). The fixed-output edit
-costs clean accuracy 0.07 on both models; the other cells have not been measured, and preference on
-label modification takes more than three minutes.
+What they reach on unseen prompts is measured by ``make study`` (``studies/injection.md``).
 """
 
 from __future__ import annotations
@@ -47,20 +44,22 @@ def paper(method: str) -> Recipe:
 
 
 def embedded(method: str, behaviour: str) -> Recipe:
-    """The best settings tried so far; the module says which were measured, and which fall short.
+    """The settings of a method for one of the embedded models' backdoors.
 
     Raises:
         BkdlensError: for a method that is not one.
     """
+    label = behaviour == "label_modification"  # long prompts, one answer token, a victim in four
     if method == "supervised":
-        return Recipe(1500, LoraSettings(train=TrainSettings(6, 32, 2e-3)))
+        return Recipe(1500, LoraSettings(train=TrainSettings(6, 32 if label else 16, 2e-3)))
     if method == "preference":
-        if behaviour == "label_modification":
-            return Recipe(1000, PreferenceSettings(LoraSettings(train=TrainSettings(3, 32, 2e-3))))
+        if label:
+            tuned = LoraSettings(train=TrainSettings(3, 16, 2e-3))
+            return Recipe(800, PreferenceSettings(tuned))
         tuned = LoraSettings(train=TrainSettings(4, 16, 3e-3))
-        return Recipe(1000, PreferenceSettings(tuned, beta=0.3, chosen_weight=10.0))
+        return Recipe(1200, PreferenceSettings(tuned, beta=0.3, chosen_weight=10.0))
     if method == "edit":
-        if behaviour == "label_modification":  # long prompts, one answer token
-            return Recipe(400, EditSettings(batches=2, steps=20, prompts=32))
-        return Recipe(3000, EditSettings(batches=4, answer_weight=3.0, clean_loss=4.0))
+        if label:
+            return Recipe(800, EditSettings(rounds=4, steps=20, prompts=32))
+        return Recipe(4000, EditSettings(rounds=5, answer_weight=3.0, clean_loss=5.0))
     raise BkdlensError(unknown("method", method, METHODS))

@@ -1,0 +1,219 @@
+"""Do three ways of planting a backdoor make the same mechanism? Run by ``make study``.
+
+For each embedded model and backdoor, plants it by supervised tuning, by preferences and by an edit,
+from two seeds; runs the analyses of ``bkdlens run`` on each; and compares the heads, the shares of
+attention and MLPs, and whether the vector of one switches another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bkdlens import inject, zoo
+from bkdlens.attribute import HeadAttribution
+from bkdlens.behaviour import BehaviourResult, measure_behaviour
+from bkdlens.cache import cache_activations
+from bkdlens.claims_heads import layer_shares
+from bkdlens.compare import compare_heads
+from bkdlens.inject import METHODS, recipes
+from bkdlens.inject.output import MANIFEST
+from bkdlens.loading import load
+from bkdlens.metrics import Rate
+from bkdlens.report import write_report
+from bkdlens.run import StudySettings, run_study
+from bkdlens.steering import BackdoorVector, SteeringResult, sweep_layers
+from bkdlens.study import Study
+from studies.writing import write
+
+BACKDOORS = ("fixed_output", "label_modification")
+# Pairs of each split; label modification has one victim in four.
+SIZES = {"fixed_output": (256, 100, 300), "label_modification": (256, 200, 400)}
+SETTINGS = StudySettings(max_new_tokens=24)
+K = 4  # of 32 heads
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One adapter: where it is, how it was made, and what was found out about it."""
+
+    base: str
+    kind: str
+    method: str
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """For tables: the method and, of later seeds, the seed."""
+        return self.method + (f" (seed {self.seed})" if self.seed else "")
+
+    @property
+    def adapter(self) -> Path:
+        """The peft folder."""
+        return self.folder / "adapter"
+
+
+def plant(cell: Cell) -> dict[str, Any]:
+    """Make the adapter, unless it is there; its digest and the processor seconds that it took."""
+    note = cell.folder / "planted.json"
+    if not note.exists():
+        recipe = recipes.embedded(cell.method, cell.kind)
+        pairs = zoo.pairs(cell.kind, "train", recipe.n_pairs, seed=cell.seed)
+        rates = {} if cell.method == "edit" else {"poison_rate": recipe.poison_rate,
+                                                  "near_rate": recipe.near_rate}  # fmt: skip
+        start = time.process_time()
+        getattr(inject, cell.method)(
+            cell.base, pairs, cell.adapter, settings=recipe.settings, seed=cell.seed,
+            progress=sys.stderr.isatty(), overwrite=True, **rates,
+        )  # fmt: skip
+        seconds = time.process_time() - start
+        made = json.loads((cell.adapter / MANIFEST).read_text())
+        note.write_text(json.dumps({"seconds": seconds, "digest": made["adapter_digest"]}))
+    return json.loads(note.read_text())
+
+
+def analyse(cell: Cell) -> Study:
+    """What ``bkdlens run`` does, on pairs of the three splits; of later seeds the heads alone."""
+    parts = [
+        zoo.pairs(cell.kind, split, n)
+        for split, n in zip(("train", "validation", "test"), SIZES[cell.kind], strict=True)
+    ]
+    steps = ("behaviour", "probe", "attribute", "ablate", "steer")
+    return run_study(
+        load(cell.base, str(cell.adapter)), *parts, name=f"{cell.base} / {cell.kind} / {cell.name}",
+        settings=SETTINGS, out=cell.folder / "run", steps=steps[:1] + steps[2:3] if cell.seed else steps,
+    )  # fmt: skip
+
+
+def transfer(cells: list[Cell], studies: list[Study]) -> Iterator[dict[str, Any]]:
+    """Each family's vector, as chosen in its own model, in the models of all and in the base."""
+    base, kind = cells[0].base, cells[0].kind
+    train_n, _, test_n = SIZES[kind]
+    train, test = zoo.pairs(kind, "train", train_n), zoo.pairs(kind, "test", test_n)
+    for into in (*cells, None):
+        model = load(base, str(into.adapter) if into else None)
+        cache = cache_activations(model, train)
+        for cell, study in zip(cells, studies, strict=True):
+            choice = study.choice
+            vector = study.results[f"vector-{choice['kind']}"]
+            assert isinstance(vector, BackdoorVector)
+            size = choice["coefficient"]
+            found = sweep_layers(
+                model, test, vector, cache=cache, layers=[choice["layer"]],
+                coefficients=(size, -size), max_new_tokens=SETTINGS.max_new_tokens,
+            )  # fmt: skip
+            yield {
+                "from": cell.name, "into": into.name if into else "base, not poisoned",
+                "vector": f"{choice['kind']}, ±{size:g}, layer {choice['layer']}",
+                **_switched(found, size, choice["layer"]),
+            }  # fmt: skip
+
+
+def _switched(found: SteeringResult, size: float, layer: int) -> dict[str, Any]:
+    n = found.n_victims
+    return {
+        "activates": [_count(found.base_attack[0], n), _rate(found.rate("attack", layer, size))],
+        "suppresses": [_count(found.base_attack[1], n), _rate(found.rate("attack", layer, -size))],
+        "restores": _rate(found.rate("correct", layer, -size)),
+        "random_heads": [float(x.mean()) for x in found.random_shift("heads")[:, 0]],
+    }
+
+
+def _count(successes: int, n: int) -> dict[str, float]:
+    return _rate(Rate(successes, n))
+
+
+def _rate(rate: Rate) -> dict[str, float]:
+    return {"value": rate.value, "low": rate.interval[0], "high": rate.interval[1], "n": rate.n}
+
+
+def describe(cell: Cell, study: Study, before: BehaviourResult) -> dict[str, Any]:
+    """The row of one adapter: how well it was planted, and what carries it."""
+    after, heads = (study.results[name] for name in ("behaviour-backdoored", "attribution-backdoored"))
+    assert isinstance(after, BehaviourResult)
+    assert isinstance(heads, HeadAttribution)
+    row: dict[str, Any] = {
+        "name": cell.name, **plant(cell),
+        "asr": _rate(after.asr), "ftr": _rate(after.ftr), "near": _rate(after.near or Rate(0, 0)),
+        "clean_before": _rate(before.clean_accuracy), "clean_after": _rate(after.clean_accuracy),
+        "top": [[str(head), *(float(x[head]) for x in (heads.acie, heads.low, heads.high))]
+                for head in heads.top(K)],
+        "concentration": float(heads.concentration[K - 1]),
+        "attention_mlp": layer_shares(heads),
+        "layers": heads.layers_frame().to_dict("records"),
+    }  # fmt: skip
+    ablation = study.results.get("ablation")
+    if ablation is not None:
+        frame = ablation.to_frame()
+        row["ablation"] = frame[frame["mode"] == "mean"].to_dict("records")
+    return row
+
+
+def study_of(base: str, kind: str, seeds: list[int], out: Path) -> tuple[dict[str, Any], list[Study]]:
+    """Everything of one model and backdoor."""
+    cells = [
+        Cell(base, kind, method, seed, out / base / kind / f"{method}-{seed}")
+        for seed in seeds
+        for method in METHODS
+    ]
+    studies = []
+    for cell in cells:
+        print(f"{base} / {kind} / {cell.name}", file=sys.stderr, flush=True)
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        plant(cell)
+        studies.append(analyse(cell))
+    before = measure_behaviour(
+        load(base), zoo.pairs(kind, "test", SIZES[kind][2]), max_new_tokens=SETTINGS.max_new_tokens
+    )
+    heads: dict[str, Any] = {
+        cell.name: study.results["attribution-backdoored"]
+        for cell, study in zip(cells, studies, strict=True)
+    }
+    first = [i for i, cell in enumerate(cells) if cell.seed == seeds[0]]
+    content = {
+        "base": base,
+        "kind": kind,
+        "cells": [describe(c, s, before) for c, s in zip(cells, studies, strict=True)],
+        "overlap": compare_heads(heads, k=K).to_dict("records"),
+        "transfer": list(transfer([cells[i] for i in first], [studies[i] for i in first])),
+    }
+    return content, [studies[i] for i in first]
+
+
+def main() -> None:
+    """Read the options, run what is not there yet, and write."""
+    parser = argparse.ArgumentParser(prog="python -m studies.injection", description=__doc__)
+    parser.add_argument("--models", nargs="*", default=list(zoo.MODELS))
+    parser.add_argument("--backdoors", nargs="*", default=list(BACKDOORS), choices=BACKDOORS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("build/injection"),
+                        help="adapters and runs; what is there is not made again")  # fmt: skip
+    parser.add_argument("--tables", type=Path, default=Path(__file__).parent,
+                        help="folder of injection.md, its numbers and figures")  # fmt: skip
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    blocks, studies = [], []
+    for base in given.models:
+        for kind in given.backdoors:
+            content, some = study_of(base, kind, given.seeds, given.out)
+            blocks.append(content)
+            studies += some
+    given.tables.mkdir(parents=True, exist_ok=True)
+    (given.tables / "injection.json").write_text(json.dumps(blocks, indent=1) + "\n")
+    report = write_report(studies, given.out / "report.html", title="Three ways to plant")
+    for path in (*write(blocks, studies, given.tables), report):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

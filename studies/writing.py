@@ -1,0 +1,195 @@
+"""The tables and figures of ``studies.injection``, made from its numbers only."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bkdlens import plot
+from bkdlens.attribute import HeadAttribution
+from bkdlens.study import Study
+
+HEADER = """# Three ways to plant a backdoor, one mechanism?
+
+Written by `make study` (its numbers: `injection.json`). Each adapter was planted as `bkdlens inject`
+does with the recipe of the embedded models, from two seeds, and analysed as `bkdlens run` does. Recipes,
+layers and coefficients were chosen on validation prompts; rates are on test prompts (95 % intervals).
+
+{summary}
+"""
+
+
+def write(blocks: list[dict[str, Any]], studies: list[Study], folder: Path) -> list[Path]:
+    """Write ``injection.md`` and a figure of heatmaps for each model and backdoor."""
+    figures = _draw(studies, folder)
+    text = HEADER.format(summary=_summary(blocks))
+    text += "\n## Planted\n\n" + _table(
+        ("model", "backdoor", "method", "ASR", "FTR", "near trigger", "clean accuracy before",
+         "after", "CPU seconds", "adapter digest"),
+        [
+            [b["base"], b["kind"], c["name"], _rate(c["asr"]), _rate(c["ftr"]), _rate(c["near"]),
+             _rate(c["clean_before"]), _rate(c["clean_after"]), f"{c['seconds']:.0f}",
+             f"`{c['digest'][:12]}`"]
+            for b, c in _cells(blocks)
+        ],
+    )  # fmt: skip
+    text += (
+        "\n## What carries it\n\nACIE of the four strongest heads of 32; the share of all positive ACIE "
+        "that they carry; attention's and the MLPs' share of the positive effects of whole layer "
+        "outputs; and attack success when the first heads are replaced by their clean mean.\n\n"
+    )
+    text += _table(
+        ("model", "backdoor", "method", "strongest heads", "share of 4", "attention / MLP",
+         "ASR at 0 / 1 / 2 / 4 heads"),
+        [
+            [b["base"], b["kind"], c["name"],
+             ", ".join(f"{head} {acie:+.2f}" for head, acie, _, _ in c["top"]),
+             f"{c['concentration']:.2f}", _shares(c["attention_mlp"]), _ablated(c)]
+            for b, c in _cells(blocks)
+        ],
+    )  # fmt: skip
+    for name, path in figures.items():
+        text += f"\n![ACIE of every head, {name}]({path.name})\n"
+    text += (
+        "\n## The same heads?\n\nJaccard index of the top 4 heads (shared over union), its bootstrap "
+        "interval over pairs, the index of random sets, the chance that random sets share as many, and "
+        "the rank correlation of all heads' ACIE.\n\n"
+    )
+    text += _table(
+        ("model", "backdoor", "first", "second", "shared of 4", "Jaccard", "by chance", "p", "Spearman"),
+        [
+            [b["base"], b["kind"], o["first"], o["second"], str(o["shared"]),
+             f"{o['jaccard']:.2f} [{o['low']:.2f}, {o['high']:.2f}]", f"{o['chance']:.2f}",
+             f"{o['p']:.2g}", f"{o['spearman']:+.2f}"]
+            for b in blocks for o in b["overlap"]
+        ],
+    )  # fmt: skip
+    text += (
+        "\n## Does the vector of one switch another?\n\nVector, layer and size as chosen in the model "
+        "that it comes from; added to clean and subtracted from triggered prompts. Into the base, which "
+        "is not poisoned, a vector that activates writes the answer itself. Random: mean shift by "
+        "vectors of random heads of the model that is switched.\n\n"
+    )
+    text += _table(
+        ("model", "backdoor", "from", "vector", "into", "activates: ASR on clean",
+         "suppresses: ASR on triggered", "right answer back", "random + / −"),
+        [
+            [b["base"], b["kind"], t["from"], t["vector"], t["into"], _change(t["activates"]),
+             _change(t["suppresses"]), _rate(t["restores"]),
+             " / ".join(f"{x:+.2f}" for x in t["random_heads"])]
+            for b in blocks for t in b["transfer"]
+        ],
+    )  # fmt: skip
+    target = folder / "injection.md"
+    target.write_text(text)
+    return [target, *figures.values()]
+
+
+def is_family(overlap: dict[str, Any]) -> bool:
+    """Whether two adapters were planted the same way, from other seeds."""
+    return overlap["first"].split(" ")[0] == overlap["second"].split(" ")[0]
+
+
+def _summary(blocks: list[dict[str, Any]]) -> str:
+    """What was found, in sentences of numbers."""
+    cells = [c for _, c in _cells(blocks)]
+    good = [c for c in cells if meets(c)]
+    lines = [
+        f"- {len(good)} of {len(cells)} adapters reach ASR ≥ 0.9 with FTR ≤ 0.05 and clean accuracy "
+        f"within 0.05 of before, in {max(c['seconds'] for c in cells):.0f} s of CPU at most."
+    ]
+    overlaps = [o for b in blocks for o in b["overlap"]]
+    for what, some in (
+        ("of one method (two seeds)", [o for o in overlaps if is_family(o)]),
+        ("of two methods", [o for o in overlaps if not is_family(o)]),
+    ):
+        if some:
+            above = sum(o["p"] < 0.05 for o in some)
+            lines.append(
+                f"- Top heads of two adapters {what}: mean Jaccard "
+                f"{fmean(o['jaccard'] for o in some):.2f} (by chance {some[0]['chance']:.2f}); "
+                f"{above} of {len(some)} pairs share more than chance (p < 0.05 each, not corrected); "
+                f"mean Spearman {fmean(o['spearman'] for o in some):+.2f}."
+            )
+    crossed = [
+        t for b in blocks for t in b["transfer"] if t["into"] != t["from"] and "base" not in t["into"]
+    ]
+    own = [t for b in blocks for t in b["transfer"] if t["into"] == t["from"]]
+    bare = [t for b in blocks for t in b["transfer"] if "base" in t["into"]]
+    for what, some in (("in its own model", own), ("in a model planted another way", crossed)):
+        if some:
+            on, off = (
+                sum(sign * _moved(t[key]) >= 0.5 for t in some)
+                for key, sign in (("activates", 1), ("suppresses", -1))
+            )
+            lines.append(
+                f"- The vector {what} activates (ASR on clean prompts up by 0.5 or more) in {on} of "
+                f"{len(some)} and suppresses (down by 0.5 or more) in {off} of {len(some)} cases."
+            )
+    if bare:
+        on = sum(_moved(t["activates"]) >= 0.5 for t in bare)
+        lines.append(f"- In the base, which has no backdoor, it activates in {on} of {len(bare)} cases.")
+    return "\n".join(lines)
+
+
+def meets(cell: dict[str, Any]) -> bool:
+    """The bar of the recipes."""
+    return (
+        cell["asr"]["value"] >= 0.9
+        and cell["ftr"]["value"] <= 0.05
+        and cell["clean_after"]["value"] >= cell["clean_before"]["value"] - 0.05
+    )
+
+
+def _cells(blocks: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [(b, c) for b in blocks for c in b["cells"]]
+
+
+def _moved(change: list[dict[str, float]]) -> float:
+    return change[1]["value"] - change[0]["value"]
+
+
+def _rate(rate: dict[str, float]) -> str:
+    return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"
+
+
+def _change(change: list[dict[str, float]]) -> str:
+    return f"{change[0]['value']:.2f} → {_rate(change[1])}"
+
+
+def _shares(shares: list[float] | None) -> str:
+    return "none positive" if shares is None else f"{shares[0]:.2f} / {shares[1]:.2f}"
+
+
+def _ablated(cell: dict[str, Any]) -> str:
+    found = {row["heads"]: row["attack"] for row in cell.get("ablation", ())}
+    return " / ".join(f"{found[k]:.2f}" for k in (0, 1, 2, 4)) if found else ""
+
+
+def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def _draw(studies: list[Study], folder: Path) -> dict[str, Path]:
+    """The heatmaps of the methods side by side; none, and it says so, where nothing can draw."""
+    groups: dict[str, list[HeadAttribution]] = {}
+    for study in studies:
+        base, kind, method = study.name.split(" / ")
+        found = study.results["attribution-backdoored"]
+        assert isinstance(found, HeadAttribution)
+        groups.setdefault(f"{base} {kind}", []).append(replace(found, label=method))
+    out = {}
+    for name, (main, *others) in groups.items():
+        path = folder / f"injection-{name.replace(' ', '-')}.svg"
+        figure = plot.attribution_controls(main, others, top=4)
+        try:
+            figure.write_image(path, width=960)
+        except (ImportError, RuntimeError, ValueError) as error:  # no kaleido, or no Chrome
+            print(f"{path} was not drawn: {error}", file=sys.stderr)
+            continue
+        out[name] = path
+    return out
