@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bkdlens.cli import main
+from bkdlens.inject.recipes import embedded
 
 LABEL = ["--backdoor", "label_modification"]
 
@@ -118,7 +119,10 @@ def test_inject_needs_no_data_on_an_embedded_model_and_run_reads_what_it_wrote(
     assert "/20)" in content["clean_accuracy_before"]
     assert not (tmp_path / "a" / "checkpoint").exists()
     settings = json.loads((tmp_path / "a" / "bkdlens.json").read_text())["settings"]
-    assert (settings["steps"], settings["layers"], settings["clean_loss"]) == (1, [1], 4.0)
+    recipe = embedded(
+        "edit", "fixed_output"
+    ).settings.clean_loss  # what was not named stays the recipe's
+    assert (settings["steps"], settings["layers"], settings["clean_loss"]) == (1, [1], recipe)
     code, out, _ = bkdlens_("attribute", *common, "--adapter", tmp_path / "a", "--out", tmp_path / "r",
                             "--limit", "12", "--json")  # fmt: skip
     assert code == 0
