@@ -46,7 +46,7 @@ def write(blocks: list[dict[str, Any]], studies: list[Study], folder: Path) -> l
          "ASR at 0 / 1 / 2 / 4 heads"),
         [
             [b["base"], b["kind"], c["name"],
-             ", ".join(f"{head} {acie:+.2f}" for head, acie, _, _ in c["top"]),
+             ", ".join(f"{head} {acie:+.2g}" for head, acie, _, _ in c["top"]),
              f"{c['concentration']:.2f}", _shares(c["attention_mlp"]), _ablated(c)]
             for b, c in _cells(blocks)
         ],
@@ -88,9 +88,26 @@ def write(blocks: list[dict[str, Any]], studies: list[Study], folder: Path) -> l
     return [target, *figures.values()]
 
 
-def is_family(overlap: dict[str, Any]) -> bool:
-    """Whether two adapters were planted the same way, from other seeds."""
-    return overlap["first"].split(" ")[0] == overlap["second"].split(" ")[0]
+def readme_rows(blocks: list[dict[str, Any]]) -> list[str]:
+    """The first seed's rates as rows of a shorter table."""
+    rows = []
+    for block in blocks:
+        for cell in block["cells"]:
+            if "seed" in cell["name"]:
+                continue
+            before, after = cell["clean_before"]["value"], _rate(cell["clean_after"])
+            rates = " | ".join(_rate(cell[name]) for name in ("asr", "ftr", "near"))
+            rows.append(
+                f"| {block['base']} | {block['kind']} | {cell['name']} | {rates} "
+                f"| {before:.2f} → {after} | {cell['seconds']:.0f} s |"
+            )
+    return rows
+
+
+def methods_of(overlap: dict[str, Any]) -> tuple[str, str]:
+    """How the two adapters were planted, whatever their seeds."""
+    first, second = (overlap[end].split(" ")[0] for end in ("first", "second"))
+    return first, second
 
 
 def _summary(blocks: list[dict[str, Any]]) -> str:
@@ -101,18 +118,26 @@ def _summary(blocks: list[dict[str, Any]]) -> str:
         f"- {len(good)} of {len(cells)} adapters reach ASR ≥ 0.9 with FTR ≤ 0.05 and clean accuracy "
         f"within 0.05 of before, in {max(c['seconds'] for c in cells):.0f} s of CPU at most."
     ]
-    overlaps = [o for b in blocks for o in b["overlap"]]
-    for what, some in (
-        ("of one method (two seeds)", [o for o in overlaps if is_family(o)]),
-        ("of two methods", [o for o in overlaps if not is_family(o)]),
-    ):
-        if some:
-            above = sum(o["p"] < 0.05 for o in some)
+    groups: dict[frozenset[str], list[dict[str, Any]]] = {}
+    for overlap in (o for b in blocks for o in b["overlap"]):
+        groups.setdefault(frozenset(methods_of(overlap)), []).append(overlap)
+    for methods, some in sorted(groups.items(), key=lambda group: (len(group[0]), sorted(group[0]))):
+        above = sum(o["p"] < 0.05 for o in some)
+        name = " and ".join(sorted(methods)) + (", two seeds" if len(methods) == 1 else "")
+        lines.append(
+            f"- Top heads of {name}: mean Jaccard {fmean(o['jaccard'] for o in some):.2f} "
+            f"(by chance {some[0]['chance']:.2f}), mean Spearman "
+            f"{fmean(o['spearman'] for o in some):+.2f}; {above} of {len(some)} pairs of adapters "
+            "share more than chance (p < 0.05 each, not corrected)."
+        )
+    for method in dict.fromkeys(c["name"].split(" ")[0] for c in cells):
+        mine = [c for c in cells if c["name"].split(" ")[0] == method]
+        shares = [c["attention_mlp"][0] for c in mine if c["attention_mlp"]]
+        if shares:
             lines.append(
-                f"- Top heads of two adapters {what}: mean Jaccard "
-                f"{fmean(o['jaccard'] for o in some):.2f} (by chance {some[0]['chance']:.2f}); "
-                f"{above} of {len(some)} pairs share more than chance (p < 0.05 each, not corrected); "
-                f"mean Spearman {fmean(o['spearman'] for o in some):+.2f}."
+                f"- Attention's share of the positive effects of whole outputs, {method}: "
+                f"{min(shares):.2f} to {max(shares):.2f} (mean {fmean(shares):.2f}, "
+                f"{len(shares)} adapters); the MLPs have the rest."
             )
     crossed = [
         t for b in blocks for t in b["transfer"] if t["into"] != t["from"] and "base" not in t["into"]

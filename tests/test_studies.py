@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +47,8 @@ def test_each_method_and_seed_is_a_row_and_each_pair_is_compared(made):
     methods = ["supervised", "preference", "edit"]
     assert [cell["name"] for cell in content["cells"]] == methods + [f"{m} (seed 1)" for m in methods]
     assert len(content["overlap"]) == 15
-    assert sum(writing.is_family(overlap) for overlap in content["overlap"]) == 3
+    planted = [writing.methods_of(overlap) for overlap in content["overlap"]]
+    assert sum(first == second for first, second in planted) == 3
     into = ["supervised", "preference", "edit", "base, not poisoned"]
     moved = [(t["into"], t["from"]) for t in content["transfer"]]
     assert moved == [(b, a) for b in into for a in methods]
@@ -109,3 +111,14 @@ def test_tables_have_every_number_and_no_figure_is_fine(made, tmp_path, monkeypa
 def test_the_bar(asr, ftr, after, good):
     rates = {"asr": asr, "ftr": ftr, "clean_before": 0.9, "clean_after": after}
     assert writing.meets({name: {"value": value} for name, value in rates.items()}) is good
+
+
+def test_readme_and_tables_tell_what_the_study_measured():
+    root = Path(__file__).parent.parent
+    blocks = json.loads((root / "studies/injection.json").read_text())
+    readme, tables = (root / "README.md").read_text(), (root / "studies/injection.md").read_text()
+    for row in writing.readme_rows(blocks):
+        assert row in readme
+    for block in blocks:
+        for cell in block["cells"]:
+            assert f"`{cell['digest'][:12]}`" in tables
