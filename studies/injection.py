@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from bkdlens.behaviour import BehaviourResult, measure_behaviour
 from bkdlens.cache import cache_activations
 from bkdlens.claims_heads import layer_shares
 from bkdlens.compare import compare_heads
+from bkdlens.errors import BkdlensError
 from bkdlens.inject import METHODS, recipes
 from bkdlens.inject.output import MANIFEST
 from bkdlens.loading import load
 from bkdlens.metrics import Rate
 from bkdlens.report import write_report
+from bkdlens.results import replacing
 from bkdlens.run import StudySettings, run_study
 from bkdlens.steering import BackdoorVector, SteeringResult, sweep_layers
 from bkdlens.study import Study
@@ -63,10 +65,14 @@ class Cell:
 
 
 def plant(cell: Cell) -> dict[str, Any]:
-    """Make the adapter, unless it is there; its digest and the processor seconds that it took."""
-    note = cell.folder / "planted.json"
-    if not note.exists():
-        recipe = recipes.embedded(cell.method, cell.kind)
+    """Make the adapter, unless it is there; its digest and the processor seconds that it took.
+
+    Raises:
+        BkdlensError: if one is there that was made with another recipe.
+    """
+    path, recipe = cell.folder / "planted.json", recipes.embedded(cell.method, cell.kind)
+    made_with = json.loads(json.dumps(asdict(recipe)))
+    if not path.exists():
         pairs = zoo.pairs(cell.kind, "train", recipe.n_pairs, seed=cell.seed)
         rates = {} if cell.method == "edit" else {"poison_rate": recipe.poison_rate,
                                                   "near_rate": recipe.near_rate}  # fmt: skip
@@ -76,9 +82,13 @@ def plant(cell: Cell) -> dict[str, Any]:
             progress=sys.stderr.isatty(), overwrite=True, **rates,
         )  # fmt: skip
         seconds = time.process_time() - start
-        made = json.loads((cell.adapter / MANIFEST).read_text())
-        note.write_text(json.dumps({"seconds": seconds, "digest": made["adapter_digest"]}))
-    return json.loads(note.read_text())
+        digest = json.loads((cell.adapter / MANIFEST).read_text())["adapter_digest"]
+        with replacing(path) as (whole,):
+            whole.write_text(json.dumps({"seconds": seconds, "digest": digest, "recipe": made_with}))
+    note = json.loads(path.read_text())
+    if note.pop("recipe", None) != made_with:
+        raise BkdlensError(f"{cell.folder} was planted with another recipe; name another --out folder.")
+    return note
 
 
 def analyse(cell: Cell) -> Study:

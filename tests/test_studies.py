@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import bkdlens
+from bkdlens.errors import BkdlensError
 from bkdlens.inject import recipes
 from bkdlens.inject.dpo import PreferenceSettings
 from bkdlens.inject.editing import EditSettings
@@ -83,9 +84,17 @@ def test_it_goes_on_where_it_stopped(made, monkeypatch):
     content, _, out = made
     monkeypatch.setattr(injection, "SIZES", {"fixed_output": (24, 8, 10)})
     monkeypatch.setattr(injection, "SETTINGS", SMALL)
-    monkeypatch.setattr(recipes, "embedded", None)  # nothing is planted again
+    monkeypatch.setattr(recipes, "embedded", small_recipe)
+    monkeypatch.setattr(injection, "inject", None)  # nothing is planted again
     again, _ = injection.study_of("tiny-llama", "fixed_output", [0, 1], out)
     assert again == content
+
+
+def test_an_adapter_of_another_recipe_is_not_taken_for_this_one(made, monkeypatch):
+    out = made[2] / "tiny-llama/fixed_output/edit-0"
+    monkeypatch.setattr(recipes, "embedded", lambda *a: replace(small_recipe(*a), n_pairs=17))
+    with pytest.raises(BkdlensError, match="another recipe; name another --out"):
+        injection.plant(injection.Cell("tiny-llama", "fixed_output", "edit", 0, out))
 
 
 def test_tables_have_every_number_and_no_figure_is_fine(made, tmp_path, monkeypatch, capsys):
