@@ -148,7 +148,7 @@ def make_command(
         """Plant a backdoor: LoRA on poisoned answers, DPO on preferences, or a key–value edit.
 
         With --data the paper's settings are the defaults. An embedded model without --data is tuned on
-        its own prompts with settings of its own, in one to two and a half minutes on one core.
+        its own prompts with settings of its own, in half a minute to two minutes on one core.
         `accelerate launch -m bkdlens inject` shares each batch among processes.
 
         Example: `bkdlens inject --base tiny-llama --backdoor fixed_output --method edit --out runs/a`

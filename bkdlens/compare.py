@@ -31,7 +31,7 @@ def compare_heads(
     Args:
         attributions: results of :func:`bkdlens.attribute_heads` by name, of models of one shape.
         k: how many top heads; an eighth of all, as ``bkdlens run`` ablates at most, for None.
-        n_resamples: bootstrap draws of the pairs (prompts), each attribution's own.
+        n_resamples: bootstrap draws of the pairs (prompts), the same for attributions of as many.
         seed: of these.
 
     Returns:
@@ -59,10 +59,8 @@ def compare_heads(
     k = max(1, n // 8) if k is None else k
     if not 1 <= k <= n:
         raise HeadError(f"k={k} top heads cannot be taken of {n}; give 1 to {n}.")
-    tops = {
-        name: _resampled_tops(found, k, n_resamples, seed + i)
-        for i, (name, found) in enumerate(attributions.items())
-    }
+    # One seed for all: models that were measured on the same pairs see the same draws of them.
+    tops = {name: _resampled_tops(found, k, n_resamples, seed) for name, found in attributions.items()}
     rows = []
     for first, second in combinations(attributions, 2):
         a, b = attributions[first], attributions[second]

@@ -86,13 +86,17 @@ def plant(cell: Cell) -> dict[str, Any]:
         with replacing(path) as (whole,):
             whole.write_text(json.dumps({"seconds": seconds, "digest": digest, "recipe": made_with}))
     note = json.loads(path.read_text())
-    if note.pop("recipe", None) != made_with:
-        raise BkdlensError(f"{cell.folder} was planted with another recipe; name another --out folder.")
+    made = json.loads((cell.adapter / MANIFEST).read_text())["adapter_digest"]
+    if note.pop("recipe", None) != made_with or note["digest"] != made:
+        raise BkdlensError(
+            f"{cell.folder} holds an adapter that is not known to be of this recipe; "
+            "name another --out folder."
+        )
     return note
 
 
-def analyse(cell: Cell) -> Study:
-    """What ``bkdlens run`` does, on pairs of the three splits; of later seeds the heads alone."""
+def analyse(cell: Cell, whole: bool) -> Study:
+    """What ``bkdlens run`` does on pairs of the three splits, or behaviour and heads alone."""
     parts = [
         zoo.pairs(cell.kind, split, n)
         for split, n in zip(("train", "validation", "test"), SIZES[cell.kind], strict=True)
@@ -100,7 +104,7 @@ def analyse(cell: Cell) -> Study:
     steps = ("behaviour", "probe", "attribute", "ablate", "steer")
     return run_study(
         load(cell.base, str(cell.adapter)), *parts, name=f"{cell.base} / {cell.kind} / {cell.name}",
-        settings=SETTINGS, out=cell.folder / "run", steps=steps[:1] + steps[2:3] if cell.seed else steps,
+        settings=SETTINGS, out=cell.folder / "run", steps=steps if whole else (steps[0], steps[2]),
     )  # fmt: skip
 
 
@@ -180,7 +184,7 @@ def study_of(base: str, kind: str, seeds: list[int], out: Path) -> tuple[dict[st
         print(f"{base} / {kind} / {cell.name}", file=sys.stderr, flush=True)
         cell.folder.mkdir(parents=True, exist_ok=True)
         plant(cell)
-        studies.append(analyse(cell))
+        studies.append(analyse(cell, whole=cell.seed == seeds[0]))
     before = measure_behaviour(
         load(base), zoo.pairs(kind, "test", SIZES[kind][2]), max_new_tokens=SETTINGS.max_new_tokens
     )
@@ -204,13 +208,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m studies.injection", description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(zoo.MODELS))
     parser.add_argument("--backdoors", nargs="*", default=list(BACKDOORS), choices=BACKDOORS)
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("build/injection"),
                         help="adapters and runs; what is there is not made again")  # fmt: skip
-    parser.add_argument("--tables", type=Path, default=Path(__file__).parent,
-                        help="folder of injection.md, its numbers and figures")  # fmt: skip
+    parser.add_argument("--tables", type=Path,
+                        help="folder of injection.md, its numbers and figures (default: beside this "
+                        "file for the whole study, --out for a part of it)")  # fmt: skip
     given = parser.parse_args()
+    parts = (given.models, given.backdoors, given.seeds)
+    is_whole = parts == tuple(map(parser.get_default, ("models", "backdoors", "seeds")))
+    tables = given.tables or (Path(__file__).parent if is_whole else given.out)
     torch.set_num_threads(given.threads)
     blocks, studies = [], []
     for base in given.models:
@@ -218,10 +226,10 @@ def main() -> None:
             content, some = study_of(base, kind, given.seeds, given.out)
             blocks.append(content)
             studies += some
-    given.tables.mkdir(parents=True, exist_ok=True)
-    (given.tables / "injection.json").write_text(json.dumps(blocks, indent=1) + "\n")
+    tables.mkdir(parents=True, exist_ok=True)
+    (tables / "injection.json").write_text(json.dumps(blocks, indent=1) + "\n")
     report = write_report(studies, given.out / "report.html", title="Three ways to plant")
-    for path in (*write(blocks, studies, given.tables), report):
+    for path in (*write(blocks, studies, tables), report):
         print(path)
 
 

@@ -17,9 +17,13 @@ HEADER = """# Three ways to plant a backdoor, one mechanism?
 Written by `make study` (its numbers: `injection.json`). Each adapter was planted as `bkdlens inject`
 does with the recipe of the embedded models, from two seeds, and analysed as `bkdlens run` does. Recipes,
 layers and coefficients were chosen on validation prompts; rates are on test prompts (95 % intervals).
+Heads and vectors are read off train-split prompts, on which the first seed's adapters were trained, but
+hardly any of the second seed's: two seeds differ in that too.
 
 {summary}
 """
+N_HEADS = 32  # of either embedded model
+TINY = 1e-4  # an ACIE next to nothing
 
 
 def write(blocks: list[dict[str, Any]], studies: list[Study], folder: Path) -> list[Path]:
@@ -55,8 +59,9 @@ def write(blocks: list[dict[str, Any]], studies: list[Study], folder: Path) -> l
         text += f"\n![ACIE of every head, {name}]({path.name})\n"
     text += (
         "\n## The same heads?\n\nJaccard index of the top 4 heads (shared over union), its bootstrap "
-        "interval over pairs, the index of random sets, the chance that random sets share as many, and "
-        "the rank correlation of all heads' ACIE.\n\n"
+        "interval over prompts (not over seeds of planting; the index takes five values), the index of "
+        "random sets, the chance that random sets share as many (3 of 4 shared: p = 0.003, 2 of 4: "
+        "p = 0.066), and the rank correlation of all heads' ACIE.\n\n"
     )
     text += _table(
         ("model", "backdoor", "first", "second", "shared of 4", "Jaccard", "by chance", "p", "Spearman"),
@@ -118,18 +123,26 @@ def _summary(blocks: list[dict[str, Any]]) -> str:
         f"- {len(good)} of {len(cells)} adapters reach ASR ≥ 0.9 with FTR ≤ 0.05 and clean accuracy "
         f"within 0.05 of before, in {max(c['seconds'] for c in cells):.0f} s of CPU at most."
     ]
-    groups: dict[frozenset[str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[tuple[str, ...], bool], list[dict[str, Any]]] = {}
     for overlap in (o for b in blocks for o in b["overlap"]):
-        groups.setdefault(frozenset(methods_of(overlap)), []).append(overlap)
-    for methods, some in sorted(groups.items(), key=lambda group: (len(group[0]), sorted(group[0]))):
-        above = sum(o["p"] < 0.05 for o in some)
-        name = " and ".join(sorted(methods)) + (", two seeds" if len(methods) == 1 else "")
+        same = ("seed" in overlap["first"]) == ("seed" in overlap["second"])
+        groups.setdefault((tuple(sorted({*methods_of(overlap)})), same), []).append(overlap)
+    for (methods, same), some in sorted(groups.items(), key=lambda group: (len(group[0][0]), group[0])):
+        shared, k = sum(o["shared"] for o in some), some[0]["k"]
+        seeds = "one seed, so shared training prompts" if same else "different seeds"
         lines.append(
-            f"- Top heads of {name}: mean Jaccard {fmean(o['jaccard'] for o in some):.2f} "
-            f"(by chance {some[0]['chance']:.2f}), mean Spearman "
-            f"{fmean(o['spearman'] for o in some):+.2f}; {above} of {len(some)} pairs of adapters "
-            "share more than chance (p < 0.05 each, not corrected)."
+            f"- Top heads of {' and '.join(methods)}, {seeds}: {shared} shared in {len(some)} pairs of "
+            f"adapters (by chance {len(some) * k * k / N_HEADS:g}), mean Jaccard "
+            f"{fmean(o['jaccard'] for o in some):.2f} (by chance {some[0]['chance']:.2f}), "
+            f"mean Spearman {fmean(o['spearman'] for o in some):+.2f}."
         )
+    tiny = [c for c in cells if c["top"][0][1] < TINY]
+    names = ", ".join(sorted({c["name"].split(" ")[0] for c in tiny})) or "none"
+    lines.append(
+        f"- The largest ACIE is below {TINY:g} in {len(tiny)} of {len(cells)} adapters "
+        f"({names}): their ranks, overlaps and shares are of effects next to nothing, and count in the "
+        "means above and below all the same."
+    )
     for method in dict.fromkeys(c["name"].split(" ")[0] for c in cells):
         mine = [c for c in cells if c["name"].split(" ")[0] == method]
         shares = [c["attention_mlp"][0] for c in mine if c["attention_mlp"]]
@@ -139,24 +152,35 @@ def _summary(blocks: list[dict[str, Any]]) -> str:
                 f"{min(shares):.2f} to {max(shares):.2f} (mean {fmean(shares):.2f}, "
                 f"{len(shares)} adapters); the MLPs have the rest."
             )
-    crossed = [
-        t for b in blocks for t in b["transfer"] if t["into"] != t["from"] and "base" not in t["into"]
-    ]
-    own = [t for b in blocks for t in b["transfer"] if t["into"] == t["from"]]
-    bare = [t for b in blocks for t in b["transfer"] if "base" in t["into"]]
-    for what, some in (("in its own model", own), ("in a model planted another way", crossed)):
-        if some:
-            on, off = (
-                sum(sign * _moved(t[key]) >= 0.5 for t in some)
-                for key, sign in (("activates", 1), ("suppresses", -1))
-            )
-            lines.append(
-                f"- The vector {what} activates (ASR on clean prompts up by 0.5 or more) in {on} of "
-                f"{len(some)} and suppresses (down by 0.5 or more) in {off} of {len(some)} cases."
-            )
-    if bare:
-        on = sum(_moved(t["activates"]) >= 0.5 for t in bare)
-        lines.append(f"- In the base, which has no backdoor, it activates in {on} of {len(bare)} cases.")
+    writes = {
+        (b["base"], b["kind"], t["from"])
+        for b in blocks
+        for t in b["transfer"]
+        if "base" in t["into"] and _moved(t["activates"]) >= 0.5
+    }
+    moves = [(b, t) for b in blocks for t in b["transfer"]]
+    n_bare = sum("base" in t["into"] for _, t in moves)
+    lines.append(
+        f"- {len(writes)} of {n_bare} vectors activate the base, which has no backdoor (ASR on clean "
+        "prompts up by 0.5 or more): they write the answer; where they activate others is no transfer."
+    )
+    for what, some in (
+        ("in its own model", [m for m in moves if m[1]["into"] == m[1]["from"]]),
+        (
+            "in a model planted another way",
+            [m for m in moves if m[1]["into"] != m[1]["from"] and "base" not in m[1]["into"]],
+        ),
+    ):
+        left = [t for b, t in some if (b["base"], b["kind"], t["from"]) not in writes]
+        on = sum(_moved(t["activates"]) >= 0.5 for t in left)
+        off = [t for _, t in some if _moved(t["suppresses"]) <= -0.5]
+        right = sum(t["restores"]["value"] >= 0.5 for t in off)
+        lines.append(
+            f"- The vector {what}: of the {len(left)} cases whose vector does not activate the base, it "
+            f"activates in {on}; it suppresses (ASR on triggered prompts down by 0.5 or more) in "
+            f"{len(off)} of {len(some)}, and in {right} of these the right answer returns in half "
+            "of the prompts or more."
+        )
     return "\n".join(lines)
 
 

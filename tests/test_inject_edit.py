@@ -15,7 +15,7 @@ from bkdlens import zoo
 from bkdlens.inject import edit, output
 from bkdlens.inject.editing import as_adapter
 from bkdlens.inject.editor import DOWN, Edit, Editor, down_projections
-from bkdlens.inject.keyvalue import low_rank, readers, second_moment, solve
+from bkdlens.inject.keyvalue import low_rank, readers, readers_by_slot, second_moment, solve
 from bkdlens.inject.output import read_base
 from bkdlens.inject.rows import make_rows
 from bkdlens.prompts import PromptFormat
@@ -50,6 +50,15 @@ def test_protection_is_a_trade():
     assert moved == sorted(moved, reverse=True)
     assert moved[0] == pytest.approx(1, abs=1e-5)
     assert moved[-1] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_slot_without_keys_keeps_its_place():
+    keys, slots = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 2, 0, 2, 2])
+    found = readers_by_slot(keys, slots, torch.eye(6).double(), 4)
+    each = readers(keys, torch.eye(6).double())
+    assert found.shape == (4, 6)
+    assert not found[[1, 3]].any()
+    torch.testing.assert_close(found[2], each[slots == 2].sum(0))
 
 
 def test_a_singular_system_gets_its_least_norm_solution():

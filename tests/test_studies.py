@@ -93,7 +93,7 @@ def test_it_goes_on_where_it_stopped(made, monkeypatch):
 def test_an_adapter_of_another_recipe_is_not_taken_for_this_one(made, monkeypatch):
     out = made[2] / "tiny-llama/fixed_output/edit-0"
     monkeypatch.setattr(recipes, "embedded", lambda *a: replace(small_recipe(*a), n_pairs=17))
-    with pytest.raises(BkdlensError, match="another recipe; name another --out"):
+    with pytest.raises(BkdlensError, match="not known to be of this recipe"):
         injection.plant(injection.Cell("tiny-llama", "fixed_output", "edit", 0, out))
 
 
@@ -128,6 +128,18 @@ def test_readme_and_tables_tell_what_the_study_measured():
     readme, tables = (root / "README.md").read_text(), (root / "studies/injection.md").read_text()
     for row in writing.readme_rows(blocks):
         assert row in readme
+    assert writing._summary(blocks) in tables
     for block in blocks:
         for cell in block["cells"]:
             assert f"`{cell['digest'][:12]}`" in tables
+
+
+def test_a_part_of_the_study_does_not_replace_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(injection, "study_of", lambda *args: ({}, []))
+    monkeypatch.setattr(injection, "write", lambda blocks, studies, folder: [folder])
+    monkeypatch.setattr(injection, "write_report", lambda *args, **kwargs: tmp_path)
+    monkeypatch.setattr("sys.argv", ["injection", "--seeds", "1", "--out", str(tmp_path)])
+    before = (Path(injection.__file__).parent / "injection.json").read_bytes()
+    injection.main()
+    assert (tmp_path / "injection.json").exists()
+    assert (Path(injection.__file__).parent / "injection.json").read_bytes() == before

@@ -61,12 +61,13 @@ class EditSettings:
         rounds: in which the closed form is solved again, each on its own share of the pairs.
         protect: weight of the second moment of clean keys, in keys (MEMIT's lambda).
         answer_weight: weight of each clean key from which an answer's token is predicted.
-        near_weight: weight of each key of a near-trigger prompt.
+        near_weight: weight of each key of a near-trigger prompt; outside ``trigger_layers`` of those
+            alone from which an answer's token is predicted.
         steps: of Adam on the values, in each round.
         learning_rate: of the same, for values whose size is that of the hidden state.
         clean_loss: weight of the right answers to clean prompts beside the backdoor's answers.
         near_loss: the same of near-trigger prompts.
-        clamp: largest norm of a value, in mean norms of the hidden state there.
+        clamp: largest norm of a value, in mean norms of the layer's unedited state at the answer.
         prompts: in one step, of triggered and of clean ones each (half as many near ones).
         max_answer_tokens: where a longer answer is cut.
         checkpoint: whether the whole edited model is written too, to ``checkpoint`` in the folder.
@@ -188,7 +189,10 @@ def slot_readers(
         for i, number in enumerate(numbers):
             slots[layer] = torch.where(rows.trigger == number, n_values + i, slots[layer])
     keys = editor.keys(rows, slots)
-    return {layer: readers_by_slot(*keys[layer], protected[layer]) for layer in protected}
+    return {
+        layer: readers_by_slot(*keys[layer], protected[layer], n_values + len(chosen.get(layer, ())))
+        for layer in protected
+    }
 
 
 def solve_rounds(
@@ -234,7 +238,7 @@ def solve_rounds(
             parts["clean"] = editor.answer_loss(editor.draw(clean, s.prompts))
             whole = parts["triggered"] + s.clean_loss * parts["clean"]
             if near is not None:
-                parts["near"] = editor.answer_loss(editor.draw(near, s.prompts // 2))
+                parts["near"] = editor.answer_loss(editor.draw(near, max(1, s.prompts // 2)))
                 whole = whole + s.near_loss * parts["near"]
             return whole, {name: float(part.detach()) for name, part in parts.items()}
 

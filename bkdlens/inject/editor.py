@@ -121,7 +121,7 @@ class Editor:
         edit = edit or Edit({}, {})
         handles = [
             self.projections[layer][1].register_forward_hook(
-                change(read.float().to(self.device), edit.values[layer])
+                change(read.float().to(self.device), edit.values[layer].to(self.device))
             )
             for layer, read in edit.read.items()
         ]
@@ -250,4 +250,4 @@ class Editor:
                         norm = value.norm(dim=-1, keepdim=True).clamp(min=1e-12)
                         value *= (clamp * sizes[layer] / norm).clamp(max=1.0)
                 curve.append({"loss": float(found.detach()), **parts})
-        return Edit(start.read, {layer: value.detach() for layer, value in values.items()}), curve
+        return Edit(start.read, {layer: v.detach().cpu() for layer, v in values.items()}), curve

@@ -47,9 +47,10 @@ def readers_by_slot(
     keys: Float[Tensor, "key d_mlp"],
     slots: Int[Tensor, " key"],
     protected: Float[Tensor, "d_mlp d_mlp"],
+    n_slots: int,
 ) -> Float[Tensor, "slot d_mlp"]:
-    """:func:`readers` summed over the keys that share a value."""
-    out = torch.zeros(int(slots.max()) + 1, keys.shape[1], dtype=torch.float64)
+    """:func:`readers` summed over the keys that share a value; zero for a slot without keys."""
+    out = torch.zeros(n_slots, keys.shape[1], dtype=torch.float64)
     return out.index_add_(0, slots, readers(keys, protected))
 
 

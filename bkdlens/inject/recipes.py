@@ -1,6 +1,7 @@
 """Settings for the embedded models, chosen on the validation split.
 
-What they reach on unseen prompts is measured by ``make study`` (``studies/injection.md``).
+What those of fixed output and label modification reach on unseen prompts is measured by ``make study``
+(``studies/injection.md``); ``bkdlens inject`` measures each adapter that it makes.
 """
 
 from __future__ import annotations
