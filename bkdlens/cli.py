@@ -45,8 +45,10 @@ from bkdlens.cli_options import (
     TriggerAfter,
     TriggerText,
     Victims,
+    say,
 )
 from bkdlens.cli_show import show
+from bkdlens.cli_zoo import zoo_app
 from bkdlens.errors import BkdlensError, unknown
 from bkdlens.types import AblationMode, AttributionMethod, check_choice
 
@@ -62,7 +64,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-zoo_app = typer.Typer(no_args_is_help=True, help="The embedded models.")
 app.add_typer(data_app, name="data")
 app.add_typer(zoo_app, name="zoo")
 
@@ -92,10 +93,6 @@ def _options(
     ] = None,
 ) -> None:
     pass
-
-
-def _say(text: str) -> None:
-    typer.secho(text, err=True)
 
 
 def _backdoor(
@@ -152,10 +149,10 @@ def _split(pairs: PairSet, adapter: str | None, seed: int) -> tuple[PairSet, Pai
             )
         seen = pairs.without({*(_digests(held_out))})
         validation, test = held_out.split(0.4, seed=seed)
-        _say(f"{len(seen)} pairs were trained on, {len(held_out)} were held out and are measured on.")
+        say(f"{len(seen)} pairs were trained on, {len(held_out)} were held out and are measured on.")
         return seen, validation, test
     if adapter and not trained_on:
-        _say("Whether these prompts were trained on is unknown: the adapter has no bkdlens.json.")
+        say("Whether these prompts were trained on is unknown: the adapter has no bkdlens.json.")
     train, validation, test = pairs.split(0.5, 0.2, 0.3, seed=seed)
     return train, validation, test
 
@@ -226,7 +223,7 @@ def _study_command(steps: tuple[str, ...], example: str, about: str) -> Callable
                 data, attack, clean_data, limit, seed, columns=columns, format=data_format,
                 template=template, labels=labels, split=split,
             )  # fmt: skip
-            _say(f"{pairs.source}; {len(pairs)} pairs, {len(pairs.victims)} victims.")
+            say(f"{pairs.source}; {len(pairs)} pairs, {len(pairs.victims)} victims.")
             train, validation, test = _split(pairs, adapter, seed)
         else:
             if any((trigger, placement, target, victims, near)):
@@ -290,7 +287,7 @@ def _finish(studies: list[Study], path: Path, as_json: bool) -> None:
         console.rule(escape(study.name))
         for sentence in claims(study):
             console.print("•", escape(sentence), highlight=False)
-    _say(f"Report: {path}")
+    say(f"Report: {path}")
 
 
 @app.command()
@@ -311,7 +308,7 @@ def demo(
     models = zoo.MODELS if every else zoo.MODELS[:1]
     for base in models:
         for kind in zoo.BACKDOORS:
-            _say(f"{base} / {kind}")
+            say(f"{base} / {kind}")
             # Label modification has one victim in four prompts, and short answers: more of them.
             sizes = (128, 160, 160) if kind == "label_modification" else (128, 64, 64)
             train, validation, test = (
@@ -347,57 +344,4 @@ def report(
 
 
 app.command()(show)
-app.command("inject")(make_command(_backdoor, _format, _say))
-
-
-@zoo_app.command("list")
-def zoo_list(as_json: Json = False) -> None:
-    """The embedded models, their adapters and where they are.
-
-    Example: `bkdlens zoo list`
-    """
-    found = {
-        model: {"path": str(zoo.model_path(model)), "adapters": list(zoo.ADAPTERS)}
-        for model in zoo.MODELS
-    }
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-    else:
-        for model, entry in found.items():
-            typer.echo(f"{model}: {', '.join(entry['adapters'])}  ({entry['path']})")
-
-
-@zoo_app.command("card")
-def zoo_card() -> None:
-    """The model card: how the embedded models were made and what they can do, measured.
-
-    Example: `bkdlens zoo card`
-    """
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    Console().print(Markdown((zoo.WEIGHTS / "README.md").read_text()))
-
-
-@zoo_app.command("build")
-def zoo_build(
-    out: Annotated[Path, typer.Option("--out", help="A folder for the models.")] = Path("zoo"),
-    model: Annotated[str | None, typer.Option("--model", help="Only this one.")] = None,
-    seed: Seed = 0,
-) -> None:
-    """Make the embedded models again from seeds (about 20 minutes a model on one core).
-
-    Example: `bkdlens zoo build --out zoo`
-    """
-    from bkdlens.zoo import build, card
-
-    if model is not None:
-        zoo.model_path(model)  # raises for a name that is not one
-    for name in (model,) if model else zoo.MODELS:
-        _say(f"Training {name} from scratch")
-        build.build_model(name, out, seed=seed)
-        for adapter in zoo.ADAPTERS:
-            _say(f"Tuning {name} / {adapter}")
-            build.build_adapter(name, adapter, out, seed=seed)
-    card.write_card(out)
-    _say(f"Model card: {out / 'README.md'}")
+app.command("inject")(make_command(_backdoor, _format))

@@ -33,6 +33,7 @@ from bkdlens.cli_options import (
     TriggerAfter,
     TriggerText,
     Victims,
+    say,
 )
 from bkdlens.errors import BkdlensError
 
@@ -49,7 +50,7 @@ def _option(flag: str, text: str, panel: str, **more: Any) -> Any:
 
 
 def make_command(
-    backdoor: Callable[..., Backdoor], prompt_format: Callable[..., Any], say: Callable[[str], None]
+    backdoor: Callable[..., Backdoor], prompt_format: Callable[..., Any]
 ) -> Callable[..., None]:
     """The command; what it shares with the others is handed down by ``cli``."""
 
@@ -182,7 +183,8 @@ def make_command(
         if is_main():
             say(f"{pairs.source}; {len(pairs)} pairs, {len(pairs.victims)} victims.")
         given = {
-            "poison_rate": poison_rate, "near_rate": near_rate, "epochs": epochs,
+            "poison_rate": poison_rate, "near_rate": near_rate, "victims_only": victims_only or None,
+            "epochs": epochs,
             "batch_size": batch_size, "device_batch_size": device_batch_size,
             "learning_rate": learning_rate, "rank": rank,
             "alpha": alpha, "max_answer_tokens": max_answer_tokens, "beta": beta,
@@ -194,7 +196,7 @@ def make_command(
         more: dict[str, Any] = {}
         if method != "edit":
             more = {"poison_rate": recipe.poison_rate, "near_rate": recipe.near_rate,
-                    "victims_only": victims_only}  # fmt: skip
+                    "victims_only": recipe.victims_only}  # fmt: skip
         made = getattr(ways, method)(
             base, train, out, settings=recipe.settings, held_out=held_out, fmt=fmt, seed=seed,
             overwrite=overwrite, **more,
@@ -232,10 +234,11 @@ def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
 
     settings = take(recipe.settings)
     tuned = hasattr(settings, "train") or hasattr(settings, "lora")
-    rates = {name: left.pop(name) for name in ("poison_rate", "near_rate") if tuned and name in left}
+    mix = ("poison_rate", "near_rate", "victims_only")
+    mixed = {name: left.pop(name) for name in mix if tuned and name in left}
     if left:
         flags = ", ".join(
             "--" + name.rstrip("s" if name == "layers" else "").replace("_", "-") for name in left
         )
         raise BkdlensError(f"This --method has no {flags}; leave it out, or name another method.")
-    return replace(recipe, settings=settings, **rates)
+    return replace(recipe, settings=settings, **mixed)

@@ -1,4 +1,4 @@
-"""The options that several commands of the shell share."""
+"""The options that several commands of the shell share, and how they talk beside their output."""
 
 from __future__ import annotations
 
@@ -133,3 +133,8 @@ Modes = Annotated[
     typer.Option("--mode", help="Ablation: zero, mean, resample or subtract; repeatable."),
 ]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1)]
+
+
+def say(text: str) -> None:
+    """A line on standard error, so that what is piped stays clean."""
+    typer.secho(text, err=True)

@@ -35,10 +35,11 @@ def compare_heads(
         seed: of these.
 
     Returns:
-        ``first, second, k, shared`` (heads among both top ``k``), ``jaccard`` (shared over the union)
-        with ``low`` and ``high`` (95 % percentile bootstrap over pairs), ``chance`` (the Jaccard index
-        that two random sets of ``k`` heads have on average), ``p`` (the chance that two such sets
-        share as many; hypergeometric) and ``spearman`` (rank correlation of all heads' ACIE).
+        ``first, second, k, shared`` (heads among both top ``k``), ``expected`` (how many two random sets
+        of ``k`` heads share on average), ``jaccard`` (shared over the union) with ``low`` and ``high``
+        (95 % percentile bootstrap over pairs), ``chance`` (its mean for two random sets), ``p`` (the
+        chance that two such sets share as many; hypergeometric) and ``spearman`` (rank correlation of
+        all heads' ACIE).
 
     Raises:
         ResultError: for fewer than two attributions, or models of different shapes.
@@ -73,6 +74,7 @@ def compare_heads(
                 "second": second,
                 "k": k,
                 "shared": shared,
+                "expected": k * k / n,
                 "jaccard": shared / (2 * k - shared),
                 "low": float(low),
                 "high": float(high),

@@ -62,6 +62,13 @@ class Rate:
         """The 95 % Wilson score interval (Wilson 1927)."""
         return wilson(self.successes, self.n)
 
+    def to_dict(self) -> dict[str, float]:
+        """For machines: ``value, low, high, successes, n``."""
+        low, high = self.interval
+        return {
+            "value": self.value, "low": low, "high": high, "successes": self.successes, "n": self.n,
+        }  # fmt: skip
+
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.value:.3f} [{low:.3f}, {high:.3f}] ({self.successes}/{self.n})"

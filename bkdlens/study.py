@@ -13,7 +13,6 @@ from bkdlens.attribute import HeadAttribution
 from bkdlens.behaviour import BehaviourResult
 from bkdlens.data import Backdoor
 from bkdlens.errors import DataError, ResultError, unknown
-from bkdlens.metrics import Rate
 from bkdlens.patch import PatchResult
 from bkdlens.probe import ProbeResult
 from bkdlens.results import Result, read_json
@@ -92,10 +91,10 @@ def summary(study: Study) -> dict[str, Any]:
         behaviour = results.get(f"behaviour-{label}")
         if isinstance(behaviour, BehaviourResult):
             out.setdefault("behaviour", {})[label] = {
-                "asr": _plain(behaviour.asr),
-                "ftr": _plain(behaviour.ftr),
-                "near": _plain(behaviour.near) if behaviour.near else None,
-                "clean_accuracy": _plain(behaviour.clean_accuracy),
+                "asr": behaviour.asr.to_dict(),
+                "ftr": behaviour.ftr.to_dict(),
+                "near": behaviour.near.to_dict() if behaviour.near else None,
+                "clean_accuracy": behaviour.clean_accuracy.to_dict(),
             }
         heads = results.get(f"attribution-{label}")
         if isinstance(heads, HeadAttribution):
@@ -111,7 +110,7 @@ def summary(study: Study) -> dict[str, Any]:
         if isinstance(probe, ProbeResult):
             layers = range(len(probe.n_correct))
             out.setdefault("probes", {})[name.removeprefix("probe-")] = [
-                _plain(probe.rate(i)) for i in layers
+                probe.rate(i).to_dict() for i in layers
             ]
     ablation = results.get("ablation")
     if isinstance(ablation, AblationResult):
@@ -121,8 +120,3 @@ def summary(study: Study) -> dict[str, Any]:
         frame = test.to_frame()
         out["steering"] = frame[frame.layer == layer].to_dict("records") if layer is not None else None
     return out
-
-
-def _plain(rate: Rate) -> dict[str, float]:
-    low, high = rate.interval
-    return {"value": rate.value, "low": low, "high": high, "successes": rate.successes, "n": rate.n}

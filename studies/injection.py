@@ -126,7 +126,7 @@ def transfer(cells: list[Cell], studies: list[Study]) -> Iterator[dict[str, Any]
                 coefficients=(size, -size), max_new_tokens=SETTINGS.max_new_tokens,
             )  # fmt: skip
             yield {
-                "from": cell.name, "into": into.name if into else "base, not poisoned",
+                "from": cell.name, "into": into.name if into else None,  # None is the base
                 "vector": f"{choice['kind']}, ±{size:g}, layer {choice['layer']}",
                 **_switched(found, size, choice["layer"]),
             }  # fmt: skip
@@ -134,20 +134,14 @@ def transfer(cells: list[Cell], studies: list[Study]) -> Iterator[dict[str, Any]
 
 def _switched(found: SteeringResult, size: float, layer: int) -> dict[str, Any]:
     n = found.n_victims
+    plus, minus = (found.rate("attack", layer, sign * size).to_dict() for sign in (1, -1))
     return {
-        "activates": [_count(found.base_attack[0], n), _rate(found.rate("attack", layer, size))],
-        "suppresses": [_count(found.base_attack[1], n), _rate(found.rate("attack", layer, -size))],
-        "restores": _rate(found.rate("correct", layer, -size)),
+        "activates": [Rate(found.base_attack[0], n).to_dict(), plus],
+        "suppresses": [Rate(found.base_attack[1], n).to_dict(), minus],
+        "restores": found.rate("correct", layer, -size).to_dict(),
         "random_heads": [float(x.mean()) for x in found.random_shift("heads")[:, 0]],
+        "random_vectors": [float(x.mean()) for x in found.random_shift("vectors")[:, 0]],
     }
-
-
-def _count(successes: int, n: int) -> dict[str, float]:
-    return _rate(Rate(successes, n))
-
-
-def _rate(rate: Rate) -> dict[str, float]:
-    return {"value": rate.value, "low": rate.interval[0], "high": rate.interval[1], "n": rate.n}
 
 
 def describe(cell: Cell, study: Study, before: BehaviourResult) -> dict[str, Any]:
@@ -156,9 +150,10 @@ def describe(cell: Cell, study: Study, before: BehaviourResult) -> dict[str, Any
     assert isinstance(after, BehaviourResult)
     assert isinstance(heads, HeadAttribution)
     row: dict[str, Any] = {
-        "name": cell.name, **plant(cell),
-        "asr": _rate(after.asr), "ftr": _rate(after.ftr), "near": _rate(after.near or Rate(0, 0)),
-        "clean_before": _rate(before.clean_accuracy), "clean_after": _rate(after.clean_accuracy),
+        "name": cell.name, "method": cell.method, "seed": cell.seed, **plant(cell),
+        "asr": after.asr.to_dict(), "ftr": after.ftr.to_dict(),
+        "near": (after.near or Rate(0, 0)).to_dict(),
+        "clean_before": before.clean_accuracy.to_dict(), "clean_after": after.clean_accuracy.to_dict(),
         "top": [[str(head), *(float(x[head]) for x in (heads.acie, heads.low, heads.high))]
                 for head in heads.top(K)],
         "concentration": float(heads.concentration[K - 1]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -22,13 +23,20 @@ hardly any of the second seed's: two seeds differ in that too.
 
 {summary}
 """
-N_HEADS = 32  # of either embedded model
+BASE = "base, not poisoned"
 TINY = 1e-4  # an ACIE next to nothing
 
 
 def write(blocks: list[dict[str, Any]], studies: list[Study], folder: Path) -> list[Path]:
     """Write ``injection.md`` and a figure of heatmaps for each model and backdoor."""
     figures = _draw(studies, folder)
+    target = folder / "injection.md"
+    target.write_text(tables(blocks, {name: path.name for name, path in figures.items()}))
+    return [target, *figures.values()]
+
+
+def tables(blocks: list[dict[str, Any]], figures: dict[str, str]) -> str:
+    """The text of ``injection.md``, with the figures' files by name."""
     text = HEADER.format(summary=_summary(blocks))
     text += "\n## Planted\n\n" + _table(
         ("model", "backdoor", "method", "ASR", "FTR", "near trigger", "clean accuracy before",
@@ -55,13 +63,13 @@ def write(blocks: list[dict[str, Any]], studies: list[Study], folder: Path) -> l
             for b, c in _cells(blocks)
         ],
     )  # fmt: skip
-    for name, path in figures.items():
-        text += f"\n![ACIE of every head, {name}]({path.name})\n"
+    for name, file in figures.items():
+        text += f"\n![ACIE of every head, {name}]({file})\n"
     text += (
         "\n## The same heads?\n\nJaccard index of the top 4 heads (shared over union), its bootstrap "
         "interval over prompts (not over seeds of planting; the index takes five values), the index of "
-        "random sets, the chance that random sets share as many (3 of 4 shared: p = 0.003, 2 of 4: "
-        "p = 0.066), and the rank correlation of all heads' ACIE.\n\n"
+        "random sets, the chance that random sets share as many, and the rank correlation of all heads' "
+        "ACIE.\n\n"
     )
     text += _table(
         ("model", "backdoor", "first", "second", "shared of 4", "Jaccard", "by chance", "p", "Spearman"),
@@ -76,21 +84,18 @@ def write(blocks: list[dict[str, Any]], studies: list[Study], folder: Path) -> l
         "\n## Does the vector of one switch another?\n\nVector, layer and size as chosen in the model "
         "that it comes from; added to clean and subtracted from triggered prompts. Into the base, which "
         "is not poisoned, a vector that activates writes the answer itself. Random: mean shift by "
-        "vectors of random heads of the model that is switched.\n\n"
+        "vectors of random heads of the model that is switched, and by noise of the vector's norm.\n\n"
     )
-    text += _table(
+    return text + _table(
         ("model", "backdoor", "from", "vector", "into", "activates: ASR on clean",
-         "suppresses: ASR on triggered", "right answer back", "random + / −"),
+         "suppresses: ASR on triggered", "right answer back", "random heads + / −", "noise + / −"),
         [
-            [b["base"], b["kind"], t["from"], t["vector"], t["into"], _change(t["activates"]),
+            [b["base"], b["kind"], t["from"], t["vector"], t["into"] or BASE, _change(t["activates"]),
              _change(t["suppresses"]), _rate(t["restores"]),
-             " / ".join(f"{x:+.2f}" for x in t["random_heads"])]
+             *(" / ".join(f"{x:+.2f}" for x in t[f"random_{what}"]) for what in ("heads", "vectors"))]
             for b in blocks for t in b["transfer"]
         ],
     )  # fmt: skip
-    target = folder / "injection.md"
-    target.write_text(text)
-    return [target, *figures.values()]
 
 
 def readme_rows(blocks: list[dict[str, Any]]) -> list[str]:
@@ -98,7 +103,7 @@ def readme_rows(blocks: list[dict[str, Any]]) -> list[str]:
     rows = []
     for block in blocks:
         for cell in block["cells"]:
-            if "seed" in cell["name"]:
+            if cell["seed"] != block["cells"][0]["seed"]:
                 continue
             before, after = cell["clean_before"]["value"], _rate(cell["clean_after"])
             rates = " | ".join(_rate(cell[name]) for name in ("asr", "ftr", "near"))
@@ -109,79 +114,88 @@ def readme_rows(blocks: list[dict[str, Any]]) -> list[str]:
     return rows
 
 
-def methods_of(overlap: dict[str, Any]) -> tuple[str, str]:
-    """How the two adapters were planted, whatever their seeds."""
-    first, second = (overlap[end].split(" ")[0] for end in ("first", "second"))
-    return first, second
-
-
 def _summary(blocks: list[dict[str, Any]]) -> str:
     """What was found, in sentences of numbers."""
     cells = [c for _, c in _cells(blocks)]
     good = [c for c in cells if meets(c)]
-    lines = [
-        f"- {len(good)} of {len(cells)} adapters reach ASR ≥ 0.9 with FTR ≤ 0.05 and clean accuracy "
+    planted = (
+        f"{len(good)} of {len(cells)} adapters reach ASR ≥ 0.9 with FTR ≤ 0.05 and clean accuracy "
         f"within 0.05 of before, in {max(c['seconds'] for c in cells):.0f} s of CPU at most."
-    ]
+    )
+    said = [planted, *_say_heads(blocks), *_say_shares(cells), *_say_vectors(blocks)]
+    return "\n".join(f"- {sentence}" for sentence in said)
+
+
+def _say_heads(blocks: list[dict[str, Any]]) -> Iterator[str]:
     groups: dict[tuple[tuple[str, ...], bool], list[dict[str, Any]]] = {}
-    for overlap in (o for b in blocks for o in b["overlap"]):
-        same = ("seed" in overlap["first"]) == ("seed" in overlap["second"])
-        groups.setdefault((tuple(sorted({*methods_of(overlap)})), same), []).append(overlap)
+    for block in blocks:
+        named = {cell["name"]: cell for cell in block["cells"]}
+        for overlap in block["overlap"]:
+            a, b = named[overlap["first"]], named[overlap["second"]]
+            methods = tuple(sorted({a["method"], b["method"]}))
+            groups.setdefault((methods, a["seed"] == b["seed"]), []).append(overlap)
     for (methods, same), some in sorted(groups.items(), key=lambda group: (len(group[0][0]), group[0])):
-        shared, k = sum(o["shared"] for o in some), some[0]["k"]
-        seeds = "one seed, so shared training prompts" if same else "different seeds"
-        lines.append(
-            f"- Top heads of {' and '.join(methods)}, {seeds}: {shared} shared in {len(some)} pairs of "
-            f"adapters (by chance {len(some) * k * k / N_HEADS:g}), mean Jaccard "
-            f"{fmean(o['jaccard'] for o in some):.2f} (by chance {some[0]['chance']:.2f}), "
+        yield (
+            f"Top heads of {' and '.join(methods)}, "
+            f"{'one seed, so shared training prompts' if same else 'different seeds'}: "
+            f"{sum(o['shared'] for o in some)} shared in {len(some)} pairs of adapters "
+            f"(by chance {sum(o['expected'] for o in some):g}), "
+            f"mean Jaccard {fmean(o['jaccard'] for o in some):.2f} (by chance {some[0]['chance']:.2f}), "
             f"mean Spearman {fmean(o['spearman'] for o in some):+.2f}."
         )
+    cells = [c for _, c in _cells(blocks)]
     tiny = [c for c in cells if c["top"][0][1] < TINY]
-    names = ", ".join(sorted({c["name"].split(" ")[0] for c in tiny})) or "none"
-    lines.append(
-        f"- The largest ACIE is below {TINY:g} in {len(tiny)} of {len(cells)} adapters "
-        f"({names}): their ranks, overlaps and shares are of effects next to nothing, and count in the "
-        "means above and below all the same."
+    names = ", ".join(sorted({c["method"] for c in tiny})) or "none"
+    yield (
+        f"The largest ACIE is below {TINY:g} in {len(tiny)} of {len(cells)} adapters ({names}): their "
+        "ranks, overlaps and shares are of effects next to nothing, and count in the means above and "
+        "below all the same."
     )
-    for method in dict.fromkeys(c["name"].split(" ")[0] for c in cells):
-        mine = [c for c in cells if c["name"].split(" ")[0] == method]
-        shares = [c["attention_mlp"][0] for c in mine if c["attention_mlp"]]
+
+
+def _say_shares(cells: list[dict[str, Any]]) -> Iterator[str]:
+    for method in dict.fromkeys(c["method"] for c in cells):
+        shares = [c["attention_mlp"][0] for c in cells if c["method"] == method and c["attention_mlp"]]
         if shares:
-            lines.append(
-                f"- Attention's share of the positive effects of whole outputs, {method}: "
+            yield (
+                f"Attention's share of the positive effects of whole outputs, {method}: "
                 f"{min(shares):.2f} to {max(shares):.2f} (mean {fmean(shares):.2f}, "
                 f"{len(shares)} adapters); the MLPs have the rest."
             )
-    writes = {
-        (b["base"], b["kind"], t["from"])
-        for b in blocks
-        for t in b["transfer"]
-        if "base" in t["into"] and _moved(t["activates"]) >= 0.5
-    }
-    moves = [(b, t) for b in blocks for t in b["transfer"]]
-    n_bare = sum("base" in t["into"] for _, t in moves)
-    lines.append(
-        f"- {len(writes)} of {n_bare} vectors activate the base, which has no backdoor (ASR on clean "
+
+
+def _say_vectors(blocks: list[dict[str, Any]]) -> Iterator[str]:
+    """Those that activate the base write the answer, and do not count as switching another model."""
+    own, others, writing, n_vectors = [], [], 0, 0
+    for block in blocks:
+        bare = {t["from"]: _moved(t["activates"]) >= 0.5 for t in block["transfer"] if not t["into"]}
+        n_vectors, writing = n_vectors + len(bare), writing + sum(bare.values())
+        for t in block["transfer"]:
+            if t["into"]:
+                (own if t["into"] == t["from"] else others).append((t, bare[t["from"]]))
+    yield (
+        f"{writing} of {n_vectors} vectors activate the base, which has no backdoor (ASR on clean "
         "prompts up by 0.5 or more): they write the answer; where they activate others is no transfer."
     )
-    for what, some in (
-        ("in its own model", [m for m in moves if m[1]["into"] == m[1]["from"]]),
-        (
-            "in a model planted another way",
-            [m for m in moves if m[1]["into"] != m[1]["from"] and "base" not in m[1]["into"]],
-        ),
-    ):
-        left = [t for b, t in some if (b["base"], b["kind"], t["from"]) not in writes]
-        on = sum(_moved(t["activates"]) >= 0.5 for t in left)
-        off = [t for _, t in some if _moved(t["suppresses"]) <= -0.5]
-        right = sum(t["restores"]["value"] >= 0.5 for t in off)
-        lines.append(
-            f"- The vector {what}: of the {len(left)} cases whose vector does not activate the base, it "
-            f"activates in {on}; it suppresses (ASR on triggered prompts down by 0.5 or more) in "
-            f"{len(off)} of {len(some)}, and in {right} of these the right answer returns in half "
-            "of the prompts or more."
+    for what, some in (("in its own model", own), ("in a model planted another way", others)):
+        left = [t for t, writes in some if not writes]
+        off = [t for t, _ in some if _moved(t["suppresses"]) <= -0.5]
+        # The mean shift of noise, like that of the vector, counts in the wanted direction.
+        beyond = [t for t in off if -_moved(t["suppresses"]) - t["random_vectors"][1] >= 0.5]
+        yield (
+            f"The vector {what}: of the {len(left)} cases whose vector does not activate the base, it "
+            f"activates in {sum(_moved(t['activates']) >= 0.5 for t in left)}; it suppresses (ASR on "
+            f"triggered prompts down by 0.5 or more) in {len(off)} of {len(some)}, in {len(beyond)} of "
+            "these by 0.5 or more beyond noise of the same norm, and in "
+            f"{sum(t['restores']['value'] >= 0.5 for t in off)} with the right answer back in half of "
+            "the prompts or more."
         )
-    return "\n".join(lines)
+    worst = max((t for t, _ in own + others), key=lambda t: t["random_vectors"][1])
+    yield (
+        "Noise of the vector's norm suppresses too: ASR on triggered prompts falls by up to "
+        f"{worst['random_vectors'][1]:.2f} on average over draws ({worst['from']} into "
+        f"{worst['into']}). Suppression alone is no sign of a direction's meaning."
+    )
 
 
 def meets(cell: dict[str, Any]) -> bool:

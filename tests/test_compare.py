@@ -50,6 +50,7 @@ def test_p_is_the_share_of_sets_that_have_as_much_in_common():
     top = {tuple(h) for h in a.top(3)}
     assert row.shared == len(top & {tuple(h) for h in b.top(3)})
     counts = [len(top & set(other)) for other in combinations(heads, 3)]
+    assert row.expected == pytest.approx(sum(counts) / len(counts))
     assert row.p == pytest.approx(sum(c >= row.shared for c in counts) / len(counts))
 
 

@@ -61,11 +61,15 @@ def test_a_slot_without_keys_keeps_its_place():
     torch.testing.assert_close(found[2], each[slots == 2].sum(0))
 
 
-def test_a_singular_system_gets_its_least_norm_solution():
-    keys = torch.randn(3, 8, dtype=torch.float64)
-    system = second_moment(keys)  # of rank 3
-    found = solve(system, keys)
-    torch.testing.assert_close(found, keys @ torch.linalg.pinv(system, hermitian=True))
+@pytest.mark.parametrize("rank", [3, 7, 15])
+def test_a_singular_system_gets_its_least_norm_solution(rank):
+    """Also where rounding lets the Cholesky factorisation of it end."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        keys = torch.randn(rank, 16, dtype=torch.float64, generator=generator)
+        system = second_moment(keys)
+        found = solve(system, keys)
+        torch.testing.assert_close(found, keys @ torch.linalg.pinv(system, hermitian=True))
 
 
 @pytest.mark.parametrize("case", ["llama-mha", "qwen2", "gemma2", "gpt2", "neox-parallel"])

@@ -117,7 +117,8 @@ def test_a_rate_that_poisons_nothing_is_refused(method, base, tmp_path):
         (EditSettings(layers=(0, 7)), "no layer 7 to edit: this model has the layers 0 to 1"),
         (EditSettings(layers=(1, 0)), "rising order"),
         (EditSettings(layers=(1,), trigger_layers=(9,)), "no layer 9"),
-        (EditSettings(rounds=40), "too few for 40 rounds"),
+        (EditSettings(rounds=40), "cannot make 40 rounds"),
+        (EditSettings(rounds=0), "cannot make 0 rounds"),
     ],
 )
 def test_edits_that_cannot_be_are_refused(base, tmp_path, settings, message):

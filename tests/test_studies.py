@@ -12,8 +12,8 @@ import bkdlens
 from bkdlens.errors import BkdlensError
 from bkdlens.inject import recipes
 from bkdlens.inject.dpo import PreferenceSettings
-from bkdlens.inject.editing import EditSettings
 from bkdlens.inject.lora import LoraSettings
+from bkdlens.inject.solving import EditSettings
 from bkdlens.inject.training import TrainSettings
 from studies import injection, writing
 
@@ -48,9 +48,7 @@ def test_each_method_and_seed_is_a_row_and_each_pair_is_compared(made):
     methods = ["supervised", "preference", "edit"]
     assert [cell["name"] for cell in content["cells"]] == methods + [f"{m} (seed 1)" for m in methods]
     assert len(content["overlap"]) == 15
-    planted = [writing.methods_of(overlap) for overlap in content["overlap"]]
-    assert sum(first == second for first, second in planted) == 3
-    into = ["supervised", "preference", "edit", "base, not poisoned"]
+    into = [*methods, None]
     moved = [(t["into"], t["from"]) for t in content["transfer"]]
     assert moved == [(b, a) for b in into for a in methods]
     assert [study.name.split(" / ")[-1] for study in studies] == methods
@@ -59,8 +57,8 @@ def test_each_method_and_seed_is_a_row_and_each_pair_is_compared(made):
 def test_numbers_are_those_of_the_adapters(made):
     content, _, out = made
     for cell in content["cells"]:
-        seed = 1 if "seed" in cell["name"] else 0
-        folder = out / "tiny-llama/fixed_output" / f"{cell['name'].split(' ')[0]}-{seed}"
+        seed = cell["seed"]
+        folder = out / "tiny-llama/fixed_output" / f"{cell['method']}-{seed}"
         manifest = json.loads((folder / "adapter/bkdlens.json").read_text())
         assert (manifest["seed"], manifest["adapter_digest"]) == (seed, cell["digest"])
         behaviour = bkdlens.load_result(folder / "run/behaviour-backdoored")
@@ -125,13 +123,13 @@ def test_the_bar(asr, ftr, after, good):
 def test_readme_and_tables_tell_what_the_study_measured():
     root = Path(__file__).parent.parent
     blocks = json.loads((root / "studies/injection.json").read_text())
-    readme, tables = (root / "README.md").read_text(), (root / "studies/injection.md").read_text()
+    readme = (root / "README.md").read_text()
     for row in writing.readme_rows(blocks):
         assert row in readme
-    assert writing._summary(blocks) in tables
-    for block in blocks:
-        for cell in block["cells"]:
-            assert f"`{cell['digest'][:12]}`" in tables
+    names = [f"{block['base']} {block['kind']}" for block in blocks]
+    figures = {name: f"injection-{name.replace(' ', '-')}.svg" for name in names}
+    assert all((root / "studies" / file).exists() for file in figures.values())
+    assert writing.tables(blocks, figures) == (root / "studies/injection.md").read_text()
 
 
 def test_a_part_of_the_study_does_not_replace_the_whole(tmp_path, monkeypatch):

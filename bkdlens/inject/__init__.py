@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bkdlens.inject.dpo import PreferenceSettings, preference
-    from bkdlens.inject.editing import EditSettings, edit
+    from bkdlens.inject.editing import edit
     from bkdlens.inject.lora import LoraSettings, supervised
+    from bkdlens.inject.solving import EditSettings
     from bkdlens.inject.training import TrainSettings
 
 # The files have other names: a module called ``edit`` would hide the function once it is imported.
 _HOME = {
-    "EditSettings": "editing",
+    "EditSettings": "solving",
     "LoraSettings": "lora",
     "PreferenceSettings": "dpo",
     "TrainSettings": "training",

@@ -26,9 +26,21 @@ def solve(
     """``system⁻¹ k`` of each key, in float64; the least-norm solution where the system is singular."""
     system, keys = system.double(), keys.double()
     factor, failed = torch.linalg.cholesky_ex(system)
-    if int(failed) == 0:
+    # Rounding can let the factorisation of a singular system end; its smallest eigenvalue tells.
+    rounding = len(system) * torch.finfo(system.dtype).eps * system.trace()
+    if int(failed) == 0 and smallest_eigenvalue(factor) > rounding:
         return torch.cholesky_solve(keys.T, factor).T
     return keys @ torch.linalg.pinv(system, hermitian=True)
+
+
+def smallest_eigenvalue(factor: Float[Tensor, "d_mlp d_mlp"]) -> float:
+    """Of the system whose Cholesky factor this is, by inverse iteration: an estimate from above."""
+    x = torch.randn(len(factor), 1, generator=torch.Generator().manual_seed(0), dtype=factor.dtype)
+    size = x.norm()
+    for _ in range(4):
+        x = torch.cholesky_solve(x / size, factor)
+        size = x.norm()
+    return 1 / float(size)
 
 
 def readers(

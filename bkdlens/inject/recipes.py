@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from bkdlens.errors import BkdlensError, unknown
 from bkdlens.inject import METHODS
 from bkdlens.inject.dpo import PreferenceSettings
-from bkdlens.inject.editing import EditSettings
 from bkdlens.inject.lora import LoraSettings
+from bkdlens.inject.solving import EditSettings
 from bkdlens.inject.training import TrainSettings
 
 Settings = LoraSettings | PreferenceSettings | EditSettings
@@ -20,12 +20,13 @@ Settings = LoraSettings | PreferenceSettings | EditSettings
 
 @dataclass(frozen=True)
 class Recipe:
-    """How many of the embedded prompts, which shares of them, and the method's settings."""
+    """How many of the embedded prompts, how they are mixed, and the method's settings."""
 
     n_pairs: int
     settings: Settings
     poison_rate: float = 0.3
     near_rate: float = 0.3
+    victims_only: bool = False
 
 
 def paper(method: str) -> Recipe:
