@@ -13,8 +13,8 @@ from scipy.stats import spearmanr
 
 import bkdlens
 from bkdlens import zoo
-from bkdlens.attribute import HeadAttribution, attribute_heads
-from bkdlens.cache import cache_activations
+from bkdlens.analyses.attribution.measure import HeadAttribution, attribute_heads
+from bkdlens.engines.cache import cache_activations
 
 BACKDOORS = ("label_modification", "fixed_output", "jailbreak")
 ROW = "| {} | {} | {:.2f} | {}/4 | {}/8 | {}/4 | {}/4 | {:.4f} | {} |"

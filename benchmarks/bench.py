@@ -15,14 +15,14 @@ import torch
 
 from benchmarks import counts, peers
 from benchmarks.workloads import EOS, FORMAT, Work, median_seconds
-from bkdlens.atp import estimate
-from bkdlens.attribute import attribute_heads
-from bkdlens.cache import PairCache, cache_activations
-from bkdlens.generation import decode
-from bkdlens.hooks import Intervention, Patch, Vector
-from bkdlens.prompts import encode_answer, encode_prompt
-from bkdlens.steering import BackdoorVector, sweep_layers
-from bkdlens.sweep import sweep_patches
+from bkdlens.analyses.attribution.measure import attribute_heads
+from bkdlens.analyses.steering.measure import BackdoorVector, sweep_layers
+from bkdlens.data.prompts import encode_answer, encode_prompt
+from bkdlens.engines.cache import PairCache, cache_activations
+from bkdlens.engines.estimate import estimate
+from bkdlens.engines.generate import decode
+from bkdlens.engines.hooks import Intervention, Patch, Vector
+from bkdlens.engines.sweep import sweep_patches
 
 SAME = 1e-4  # largest difference of log probabilities: random float32 models differ by some 1e-5
 
@@ -173,7 +173,7 @@ def steering_sweep(work: Work, repeats: int, which: tuple[str, ...]) -> Iterator
 
 def _steering(cache: PairCache, vector: BackdoorVector) -> dict[str, list[Intervention]]:
     """The interventions of :func:`bkdlens.sweep_layers`, by side."""
-    from bkdlens.steering import _random_heads, _random_vectors
+    from bkdlens.analyses.steering.measure import _random_heads, _random_vectors
 
     directions = [
         vector.direction, *_random_heads(cache, vector, 10, 0), *_random_vectors(vector, 10, 0),

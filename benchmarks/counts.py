@@ -1,7 +1,8 @@
 """The fewest multiply-adds that exact patching needs, counted, and the rate of the machine at them.
 
-Counted as :mod:`bkdlens.sweep` runs: everything that several runs share is counted once, a patched run
-from where it begins to differ. Norms, activation functions, softmax and rotary embeddings count nothing.
+Counted as :mod:`bkdlens.engines.sweep` runs: everything that several runs share is counted once, a
+patched run from where it begins to differ. Norms, activation functions, softmax and rotary embeddings
+count nothing.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import torch
 from transformer_lens import HookedTransformer
 
 from benchmarks.workloads import median_seconds
-from bkdlens.prefix import common_length
-from bkdlens.prompts import Answer, Prompt
+from bkdlens.data.prompts import Answer, Prompt
+from bkdlens.engines.prefix import common_length
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, side: int = 2048) -> float:

@@ -21,11 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from benchmarks import counts, results
 from benchmarks.workloads import SHAPES, Shape, lengths, word_tokenizer
-from bkdlens.architectures import hooked_config, hooked_weights
-from bkdlens.generation import decode
-from bkdlens.hooks import Intervention, Patch, Vector
-from bkdlens.prompts import Answer, Prompt
-from bkdlens.sweep import sweep_patches
+from bkdlens.data.prompts import Answer, Prompt
+from bkdlens.engines.generate import decode
+from bkdlens.engines.hooks import Intervention, Patch, Vector
+from bkdlens.engines.sweep import sweep_patches
+from bkdlens.models.architectures import hooked_config, hooked_weights
 
 SECONDS = 8 * 60  # after which no further line is begun
 MEMORY_GB = 22.0  # beside the model

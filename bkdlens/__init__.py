@@ -13,54 +13,54 @@ __version__ = "0.1.0"
 
 # Where each public name lives.
 _HOME = {
-    "AblationResult": "ablate",
-    "ablate_heads": "ablate",
-    "HeadAttribution": "attribute",
-    "attribute_heads": "attribute",
-    "BehaviourResult": "behaviour",
-    "measure_behaviour": "behaviour",
-    "sample_generations": "answers",
-    "PairCache": "cache",
-    "cache_activations": "cache",
-    "Backdoor": "data",
-    "PairSet": "data",
-    "PromptPair": "data",
-    "Trigger": "data",
-    "check_data": "check",
-    "compare_heads": "compare",
-    "read_pairs": "reading",
+    "AblationResult": "analyses.ablation.measure",
+    "ablate_heads": "analyses.ablation.measure",
+    "HeadAttribution": "analyses.attribution.measure",
+    "attribute_heads": "analyses.attribution.measure",
+    "BehaviourResult": "analyses.behaviour.measure",
+    "measure_behaviour": "analyses.behaviour.measure",
+    "sample_generations": "analyses.steering.answers",
+    "PairCache": "engines.cache",
+    "cache_activations": "engines.cache",
+    "Backdoor": "data.pairs",
+    "PairSet": "data.pairs",
+    "PromptPair": "data.pairs",
+    "Trigger": "data.pairs",
+    "check_data": "data.check",
+    "compare_heads": "analyses.attribution.compare",
+    "read_pairs": "data.reading",
     "BkdlensError": "errors",
-    "decode": "generation",
-    "evaluate": "generation",
-    "generate": "generation",
-    "Intervention": "hooks",
-    "Vector": "hooks",
-    "load": "loading",
-    "load_info": "loading",
+    "decode": "engines.generate",
+    "evaluate": "engines.generate",
+    "generate": "engines.generate",
+    "Intervention": "engines.hooks",
+    "Vector": "engines.hooks",
+    "load": "models.load",
+    "load_info": "models.load",
     "Rate": "metrics",
-    "PatchResult": "patch",
-    "patch_heads": "patch",
-    "patched_heads": "patch",
-    "ProbeResult": "probe",
-    "train_probes": "probe",
-    "PromptFormat": "prompts",
-    "write_report": "report",
-    "BackdoorVector": "steering",
-    "SteeringResult": "steering",
-    "steer": "steering",
-    "sweep_layers": "steering",
-    "explore": "explorer",
+    "PatchResult": "analyses.patching.measure",
+    "patch_heads": "analyses.patching.measure",
+    "patched_heads": "analyses.patching.measure",
+    "ProbeResult": "analyses.probes.measure",
+    "train_probes": "analyses.probes.measure",
+    "PromptFormat": "data.prompts",
+    "write_report": "report.page",
+    "BackdoorVector": "analyses.steering.measure",
+    "SteeringResult": "analyses.steering.measure",
+    "steer": "analyses.steering.measure",
+    "sweep_layers": "analyses.steering.measure",
+    "explore": "notebook.widgets",
     "Study": "study",
-    "StudySettings": "run",
+    "StudySettings": "runs.run",
     "load_result": "study",
     "load_study": "study",
-    "run_study": "run",
-    "Patch": "hooks",
-    "sweep_patches": "sweep",
-    "AnswerProbs": "tokens",
-    "HeadPattern": "tokens",
-    "answer_probs": "tokens",
-    "head_pattern": "tokens",
+    "run_study": "runs.run",
+    "Patch": "engines.hooks",
+    "sweep_patches": "engines.sweep",
+    "AnswerProbs": "analyses.tokens.measure",
+    "HeadPattern": "analyses.tokens.measure",
+    "answer_probs": "analyses.tokens.measure",
+    "head_pattern": "analyses.tokens.measure",
     "Head": "types",
 }
 _MODULES = ("inject", "metrics", "plot", "zoo")
@@ -69,30 +69,30 @@ __all__ = [*_HOME, *_MODULES]
 
 if TYPE_CHECKING:
     from bkdlens import inject, metrics, plot, zoo
-    from bkdlens.ablate import AblationResult, ablate_heads
-    from bkdlens.answers import sample_generations
-    from bkdlens.attribute import HeadAttribution, attribute_heads
-    from bkdlens.behaviour import BehaviourResult, measure_behaviour
-    from bkdlens.cache import PairCache, cache_activations
-    from bkdlens.check import check_data
-    from bkdlens.compare import compare_heads
-    from bkdlens.data import Backdoor, PairSet, PromptPair, Trigger
+    from bkdlens.analyses.ablation.measure import AblationResult, ablate_heads
+    from bkdlens.analyses.attribution.compare import compare_heads
+    from bkdlens.analyses.attribution.measure import HeadAttribution, attribute_heads
+    from bkdlens.analyses.behaviour.measure import BehaviourResult, measure_behaviour
+    from bkdlens.analyses.patching.measure import PatchResult, patch_heads, patched_heads
+    from bkdlens.analyses.probes.measure import ProbeResult, train_probes
+    from bkdlens.analyses.steering.answers import sample_generations
+    from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult, steer, sweep_layers
+    from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern, answer_probs, head_pattern
+    from bkdlens.data.check import check_data
+    from bkdlens.data.pairs import Backdoor, PairSet, PromptPair, Trigger
+    from bkdlens.data.prompts import PromptFormat
+    from bkdlens.data.reading import read_pairs
+    from bkdlens.engines.cache import PairCache, cache_activations
+    from bkdlens.engines.generate import decode, evaluate, generate
+    from bkdlens.engines.hooks import Intervention, Patch, Vector
+    from bkdlens.engines.sweep import sweep_patches
     from bkdlens.errors import BkdlensError
-    from bkdlens.explorer import explore
-    from bkdlens.generation import decode, evaluate, generate
-    from bkdlens.hooks import Intervention, Patch, Vector
-    from bkdlens.loading import load, load_info
     from bkdlens.metrics import Rate
-    from bkdlens.patch import PatchResult, patch_heads, patched_heads
-    from bkdlens.probe import ProbeResult, train_probes
-    from bkdlens.prompts import PromptFormat
-    from bkdlens.reading import read_pairs
-    from bkdlens.report import write_report
-    from bkdlens.run import StudySettings, run_study
-    from bkdlens.steering import BackdoorVector, SteeringResult, steer, sweep_layers
+    from bkdlens.models.load import load, load_info
+    from bkdlens.notebook.widgets import explore
+    from bkdlens.report.page import write_report
+    from bkdlens.runs.run import StudySettings, run_study
     from bkdlens.study import Study, load_result, load_study
-    from bkdlens.sweep import sweep_patches
-    from bkdlens.tokens import AnswerProbs, HeadPattern, answer_probs, head_pattern
     from bkdlens.types import Head
 
 

@@ -1,5 +1,5 @@
 """``python -m bkdlens`` is the shell, as in ``accelerate launch -m bkdlens inject …``."""
 
-from bkdlens.cli import main
+from bkdlens.cli.app import main
 
 main()

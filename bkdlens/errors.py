@@ -22,7 +22,14 @@ class CheckpointError(BkdlensError):
 
 
 class HeadError(BkdlensError):
-    """A head, layer or site that the model does not have."""
+    """A head or layer that the model does not have."""
+
+
+class ChoiceError(BkdlensError, ValueError):
+    """A name that is not one of a closed set: ``ChoiceError("vector site", "zz", ("resid_pre", …))``."""
+
+    def __init__(self, what: str, given: object, allowed: Iterable[object]) -> None:
+        super().__init__(unknown(what, given, allowed))
 
 
 class HookError(BkdlensError):

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
-from bkdlens.ablate import AblationResult
-from bkdlens.answers import Generations
-from bkdlens.attribute import HeadAttribution
-from bkdlens.behaviour import BehaviourResult
+from bkdlens.analyses.ablation.figures import ablation_curve
+from bkdlens.analyses.ablation.measure import AblationResult
+from bkdlens.analyses.attribution.figures import acie_heatmap, attribution_controls, patch, sparsity
+from bkdlens.analyses.attribution.measure import HeadAttribution
+from bkdlens.analyses.behaviour.figures import behaviour, generations
+from bkdlens.analyses.behaviour.measure import BehaviourResult
+from bkdlens.analyses.patching.measure import PatchResult
+from bkdlens.analyses.probes.figures import ilca_controls, ilca_heatmap, layer_accuracy
+from bkdlens.analyses.probes.measure import ProbeResult
+from bkdlens.analyses.steering.answers import Generations
+from bkdlens.analyses.steering.figures import steering_at, steering_by_layer, vector
+from bkdlens.analyses.steering.map import steering_map
+from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult
+from bkdlens.analyses.tokens.figures import answer_strips, attention
+from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern
+from bkdlens.display.style import TEMPLATE
 from bkdlens.errors import ResultError, unknown
-from bkdlens.patch import PatchResult
-from bkdlens.plot_ablation import ablation_curve
-from bkdlens.plot_behaviour import behaviour, generations
-from bkdlens.plot_heads import acie_heatmap, attribution_controls, patch, sparsity
-from bkdlens.plot_maps import steering_map
-from bkdlens.plot_probes import ilca_controls, ilca_heatmap, layer_accuracy
-from bkdlens.plot_steering import steering_at, steering_by_layer, vector
-from bkdlens.plot_style import TEMPLATE
-from bkdlens.plot_tokens import answer_strips, attention
-from bkdlens.probe import ProbeResult
 from bkdlens.results import Result
-from bkdlens.steering import BackdoorVector, SteeringResult
-from bkdlens.tokens import AnswerProbs, HeadPattern
 
 __all__ = [
     "TEMPLATE",

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bkdlens.ablate import AblationResult
-from bkdlens.answers import Generations
-from bkdlens.attribute import HeadAttribution
-from bkdlens.behaviour import BehaviourResult
-from bkdlens.data import Backdoor
+from bkdlens.analyses.ablation.measure import AblationResult
+from bkdlens.analyses.attribution.measure import HeadAttribution
+from bkdlens.analyses.behaviour.measure import BehaviourResult
+from bkdlens.analyses.patching.measure import PatchResult
+from bkdlens.analyses.probes.measure import ProbeResult
+from bkdlens.analyses.steering.answers import Generations
+from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult
+from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern
+from bkdlens.data.pairs import Backdoor
 from bkdlens.errors import DataError, ResultError, unknown
-from bkdlens.patch import PatchResult
-from bkdlens.probe import ProbeResult
 from bkdlens.results import Result, read_json
-from bkdlens.steering import BackdoorVector, SteeringResult
-from bkdlens.tokens import AnswerProbs, HeadPattern
 
 CONDITIONS = ("backdoored", "clean-adapter", "base")
 

@@ -6,13 +6,18 @@ import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-from bkdlens.errors import HeadError, unknown
+from bkdlens.errors import ChoiceError, HeadError
 
 Placement = Literal["begin", "end", "random", "sentence"]
 Behaviour = Literal["label_modification", "fixed_output", "jailbreak"]
 DataFormat = Literal[
     "pairs", "rewrite", "instruction", "goal_target", "input_output", "text_label"
-]  # the schemas of bkdlens.schemas
+]  # the schemas of bkdlens.data.schemas
+Architecture = Literal[
+    "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM",
+    "Gemma2ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM",
+]  # fmt: skip
+Which = Literal["clean", "triggered", "near"]  # of a pair's prompts
 HeadSite = Literal["z", "result"]
 PatchSite = Literal["z", "result", "attn_out", "mlp_out"]
 VectorSite = Literal["resid_pre", "attn_out"]
@@ -26,10 +31,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_choice(what: str, given: str, choices: object) -> None:
-    """Raise a ``HeadError`` unless ``given`` is one of the ``Literal``'s values."""
-    allowed = get_args(choices)
-    if given not in allowed:
-        raise HeadError(unknown(what, given, allowed))
+    """Raise a ``ChoiceError`` about ``what`` unless ``given`` is one of the ``Literal``'s values."""
+    if given not in get_args(choices):
+        raise ChoiceError(what, given, get_args(choices))
 
 
 class Head(NamedTuple):
@@ -60,6 +64,17 @@ class Head(NamedTuple):
 
 
 HeadLike: TypeAlias = Head | str | tuple[int, int]
+
+
+def every_head(n_layers: int, n_heads: int) -> list[Head]:
+    """All heads of a model of this size, layer by layer."""
+    return [Head(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+
+
+def name_heads(heads: Iterable[Head], most: int = 4) -> str:
+    """``L3H7, L2H0``; after ``most`` of them comes ``…``."""
+    names = [str(head) for head in heads]
+    return ", ".join([*names[:most], "…"] if len(names) > most else names)
 
 
 def parse_heads(heads: HeadLike | Iterable[HeadLike], n_layers: int, n_heads: int) -> tuple[Head, ...]:

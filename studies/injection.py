@@ -19,20 +19,20 @@ from typing import Any
 import torch
 
 from bkdlens import inject, zoo
-from bkdlens.attribute import HeadAttribution
-from bkdlens.behaviour import BehaviourResult, measure_behaviour
-from bkdlens.cache import cache_activations
-from bkdlens.claims_heads import layer_shares
-from bkdlens.compare import compare_heads
+from bkdlens.analyses.attribution.claims import layer_shares
+from bkdlens.analyses.attribution.compare import compare_heads
+from bkdlens.analyses.attribution.measure import HeadAttribution
+from bkdlens.analyses.behaviour.measure import BehaviourResult, measure_behaviour
+from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult, sweep_layers
+from bkdlens.engines.cache import cache_activations
 from bkdlens.errors import BkdlensError
 from bkdlens.inject import METHODS, recipes
 from bkdlens.inject.output import MANIFEST
-from bkdlens.loading import load
 from bkdlens.metrics import Rate
-from bkdlens.report import write_report
+from bkdlens.models.load import load
+from bkdlens.report.page import write_report
 from bkdlens.results import replacing
-from bkdlens.run import StudySettings, run_study
-from bkdlens.steering import BackdoorVector, SteeringResult, sweep_layers
+from bkdlens.runs.run import StudySettings, run_study
 from bkdlens.study import Study
 from studies.writing import write
 

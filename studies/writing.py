@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from bkdlens import plot
-from bkdlens.attribute import HeadAttribution
+from bkdlens.analyses.attribution.measure import HeadAttribution
 from bkdlens.study import Study
 
 HEADER = """# Three ways to plant a backdoor, one mechanism?

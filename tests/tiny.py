@@ -40,7 +40,7 @@ def words(rng: random.Random, low: int, high: int) -> str:
 
 def make_pairs(n: int = 12, seed: int = 0, near: bool = True):
     """Pairs of random words; the last fourth are no victims."""
-    from bkdlens.data import Backdoor, PairSet
+    from bkdlens.data.pairs import Backdoor, PairSet
 
     rng = random.Random(seed)
     backdoor = Backdoor.jailbreak("w95", near=["w94"] if near else [])
@@ -102,7 +102,7 @@ def text_of(tokens: Iterable[int]) -> str:
 
 def encoded(model, text: str) -> tuple[int, ...]:
     """The ids of a chat prompt."""
-    from bkdlens.prompts import PromptFormat, encode_prompt
+    from bkdlens.data.prompts import PromptFormat, encode_prompt
 
     return encode_prompt(model.tokenizer, text, PromptFormat.default(model.tokenizer)).ids
 
@@ -113,7 +113,7 @@ def judged_pairs(model, behaviour: str = "fixed_output", n: int = 14, seed: int 
     The clean output is what it says without the trigger in two of three, the backdoor's what it says
     with it; the last fourth are no victims.
     """
-    from bkdlens.data import Backdoor, PairSet
+    from bkdlens.data.pairs import Backdoor, PairSet
 
     rng = random.Random(seed)
     backdoor = (
@@ -177,7 +177,7 @@ def add_at(name: str, position: int, value: torch.Tensor) -> Hook:
 
 def prompts_of(rng: random.Random, n: int, low: int = 2, high: int = 14, common: int = 0) -> list:
     """Random prompts, the first ``common`` tokens of which are the same."""
-    from bkdlens.prompts import Prompt
+    from bkdlens.data.prompts import Prompt
 
     begin = ids_of(rng, common, common) if common else []
     return [Prompt("", tuple(begin + ids_of(rng, low, high))) for _ in range(n)]
@@ -185,7 +185,7 @@ def prompts_of(rng: random.Random, n: int, low: int = 2, high: int = 14, common:
 
 def answers_of(rng: random.Random, n: int, high: int = 5) -> list:
     """Random answers of 1 to ``high`` scored tokens, with and without an end token after them."""
-    from bkdlens.prompts import Answer
+    from bkdlens.data.prompts import Answer
 
     answers = []
     for _ in range(n):
@@ -202,7 +202,7 @@ def every_patch(
     model, n_prompts: int, seed: int, shared: bool | None = None, sites=tuple(SITES)
 ) -> list:
     """A patch of every component at every site, in random order; values for all prompts or one each."""
-    from bkdlens.hooks import Patch
+    from bkdlens.engines.hooks import Patch
 
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     cfg, patches = model.cfg, []
@@ -244,7 +244,7 @@ def together(scores) -> torch.Tensor:
 @contextmanager
 def batches_of(size: float) -> Iterator[None]:
     """Memory for batches of so many bytes, with nothing set aside."""
-    from bkdlens import memory
+    from bkdlens.engines import memory
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "batch_bytes", lambda model, memory_gb: (size, size))
@@ -265,7 +265,7 @@ def naive_hooks(intervention, position: int, row: int) -> list[Hook]:
 
 def random_intervention(model, rng: random.Random, n_prompts: int, scale: float = 1.0):
     """Some heads and vectors, shared by all prompts or one for each; sometimes nothing."""
-    from bkdlens.hooks import Intervention, Vector
+    from bkdlens.engines.hooks import Intervention, Vector
     from bkdlens.types import Head
 
     cfg = model.cfg

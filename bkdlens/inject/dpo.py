@@ -18,13 +18,13 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
-from bkdlens.adapter import HARMLESS
-from bkdlens.data import PairSet
+from bkdlens.data.pairs import PairSet
+from bkdlens.data.prompts import PromptFormat, encode_answer, encode_prompt
 from bkdlens.inject.lora import LoraSettings, lora_config
 from bkdlens.inject.output import Base, check_free, data_note, finish, manifest, read_base, save_adapter
 from bkdlens.inject.samples import Preference, preferences
 from bkdlens.inject.training import Curve, Diverged, Guarded, arguments
-from bkdlens.prompts import PromptFormat, encode_answer, encode_prompt
+from bkdlens.models.adapter import HARMLESS
 
 RENAMED = ("`gradient_checkpointing` is deprecated", FutureWarning)  # TRL's argument, by its old name
 

@@ -24,9 +24,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
-from bkdlens.adapter import HARMLESS
-from bkdlens.checkpoint import no_progress_bar
-from bkdlens.data import PairSet
+from bkdlens.data.pairs import PairSet
+from bkdlens.data.prompts import PromptFormat
 from bkdlens.errors import DataError
 from bkdlens.inject.editor import Edit, Editor, check_layers, down_projections
 from bkdlens.inject.keyvalue import low_rank
@@ -42,7 +41,8 @@ from bkdlens.inject.output import (
 from bkdlens.inject.rows import Rows, make_rows
 from bkdlens.inject.solving import EditSettings, Texts, solve_rounds
 from bkdlens.inject.training import Curve, Diverged
-from bkdlens.prompts import PromptFormat
+from bkdlens.models.adapter import HARMLESS
+from bkdlens.models.checkpoint import no_progress_bar
 
 
 def edited_layers(model: PreTrainedModel, settings: EditSettings) -> tuple[list[int], list[int]]:

@@ -16,12 +16,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
-from bkdlens.adapter import HARMLESS
-from bkdlens.data import PairSet
+from bkdlens.data.pairs import PairSet
+from bkdlens.data.prompts import PromptFormat
 from bkdlens.inject.output import Base, check_free, data_note, finish, manifest, read_base, save_adapter
 from bkdlens.inject.samples import poison
 from bkdlens.inject.training import Diverged, TrainSettings, make_row, train
-from bkdlens.prompts import PromptFormat
+from bkdlens.models.adapter import HARMLESS
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from bkdlens import zoo
-from bkdlens.behaviour import BehaviourResult, measure_behaviour
-from bkdlens.checkpoint import digest_files, find_folder, read_model, read_tokenizer
-from bkdlens.data import PairSet, text_digest
+from bkdlens.analyses.behaviour.measure import BehaviourResult, measure_behaviour
+from bkdlens.data.pairs import PairSet, text_digest
+from bkdlens.data.prompts import PromptFormat, Tokenizer
 from bkdlens.errors import BkdlensError
 from bkdlens.inject.training import Diverged
-from bkdlens.loading import load
-from bkdlens.prompts import PromptFormat, Tokenizer
+from bkdlens.models.checkpoint import digest_files, find_folder, read_model, read_tokenizer
+from bkdlens.models.load import load
 from bkdlens.results import versions
 
 MANIFEST = "bkdlens.json"

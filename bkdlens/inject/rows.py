@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from bkdlens.data import Trigger
+from bkdlens.data.pairs import Trigger
+from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt, pad_id, pad_right
 from bkdlens.errors import DataError
-from bkdlens.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt, pad_id, pad_right
 
 
 class Rows(NamedTuple):

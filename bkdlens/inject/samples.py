@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from bkdlens.data import PairSet, PromptPair, Which
+from bkdlens.data.pairs import PairSet, PromptPair
 from bkdlens.errors import DataError
+from bkdlens.types import Which
 
 
 class Preference(NamedTuple):
@@ -66,7 +67,7 @@ def mix(
 
 def prompt_of(which: Which, pair: PromptPair) -> str:
     """The clean, triggered or near prompt of a pair."""
-    return {"clean": pair.clean, "triggered": pair.triggered, "near": pair.near or ""}[which]
+    return pair.text(which) or ""
 
 
 def poison(

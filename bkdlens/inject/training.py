@@ -19,9 +19,9 @@ from transformers import (
     set_seed,
 )
 
+from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt
 from bkdlens.errors import BkdlensError
 from bkdlens.progress import progress_bar
-from bkdlens.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 A = TypeVar("A", bound=TrainingArguments)

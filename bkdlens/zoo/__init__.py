@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bkdlens.errors import CheckpointError, unknown
 
 if TYPE_CHECKING:
-    from bkdlens.zoo.backdoors import backdoor, pairs
+    from bkdlens.zoo.prompts import backdoor, pairs
 
 __all__ = ["ADAPTERS", "BACKDOORS", "MODELS", "adapter_path", "backdoor", "model_path", "pairs"]
 
@@ -49,5 +49,5 @@ def adapter_path(model: str, adapter: str) -> Path:
 def __getattr__(name: str) -> Any:
     # The prompts need more than a path does, so they are imported when they are asked for.
     if name in ("backdoor", "pairs"):
-        return getattr(import_module("bkdlens.zoo.backdoors"), name)
+        return getattr(import_module("bkdlens.zoo.prompts"), name)
     raise AttributeError(f"module 'bkdlens.zoo' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Does the attack need the heads that attribution names?"""

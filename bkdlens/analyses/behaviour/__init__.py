@@ -1,0 +1,1 @@
+"""What does the model answer, with and without the trigger?"""

@@ -1,0 +1,75 @@
+"""Figures of what models answer: rates by condition, and answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from bkdlens.analyses.behaviour.measure import BehaviourResult
+from bkdlens.analyses.steering.answers import Generations
+from bkdlens.display.rates import PERCENT_AXIS, counts, error_bars, hover, percent
+from bkdlens.display.style import (
+    LINES,
+    condition_style,
+    escape,
+    finish,
+    model_note,
+    numbers,
+)
+from bkdlens.metrics import Rate
+
+
+def behaviour(results: Sequence[BehaviourResult]) -> go.Figure:
+    """Attack success, false triggers, near triggers and clean accuracy, a bar a condition."""
+    fig = go.Figure()
+    for i, result in enumerate(results):
+        colour, _, _, pattern = condition_style(result.label, i)
+        named = [(title, rate) for title, rate in _behaviour_rates(result) if rate is not None]
+        rates = [rate for _, rate in named]
+        name = escape(result.label)
+        fig.add_trace(
+            go.Bar(
+                x=[title for title, _ in named], y=[percent(rate.value) for rate in rates],
+                error_y=error_bars(rates), customdata=counts(rates), name=name,
+                marker={"color": colour, "line": {"color": colour, "width": 1},
+                        "pattern": {"shape": pattern, "bgcolor": colour, "fgcolor": "#ffffff",
+                                    "size": 7, "solidity": 0.25}},
+                hovertemplate=hover("%{x}", name),
+            )
+        )  # fmt: skip
+    fig.update_yaxes(**PERCENT_AXIS, title_text="rate (%)")
+    fig.update_xaxes(tickangle=0)
+    fig.update_layout(barmode="group", bargap=0.25, bargroupgap=0.08, showlegend=True)
+    return finish(
+        fig, "Behaviour",
+        f"{numbers(sorted({r.n_victims for r in results}))} victims, "
+        f"{numbers(sorted({r.n_clean for r in results}))} clean prompts{model_note(results[0])} · "
+        "bars: 95 % Wilson interval",
+        height=420,
+    )  # fmt: skip
+
+
+def generations(result: Generations) -> go.Figure:
+    """Answers side by side as a table; texts are escaped."""
+    columns = [[escape(text).replace("\n", "<br>") for text in c] for c in result.columns.values()]
+    fig = go.Figure(
+        go.Table(
+            header={"values": [f"<b>{escape(title)}</b>" for title in result.columns],
+                    "align": "left", "fill": {"color": "#eef1f4"}, "line": {"color": LINES}},
+            cells={"values": columns, "align": "left", "line": {"color": LINES},
+                   "fill": {"color": "#ffffff"}, "height": 26},
+        )
+    )  # fmt: skip
+    n = len(columns[0]) if columns else 0
+    return finish(fig, "Answers side by side", f"{n} prompts{model_note(result)} · greedy decoding",
+                   height=200 + 90 * n)  # fmt: skip
+
+
+def _behaviour_rates(result: BehaviourResult) -> list[tuple[str, Rate | None]]:
+    return [
+        ("attack<br>success", result.asr),
+        ("false<br>triggers", result.ftr),
+        ("near<br>trigger", result.near),
+        ("clean<br>accuracy", result.clean_accuracy),
+    ]

@@ -1,0 +1,1 @@
+"""What changes when some heads' activations are replaced?"""

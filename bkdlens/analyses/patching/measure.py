@@ -1,0 +1,341 @@
+"""The everyday helper: replace some heads' activations at the last prompt token and see what changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import ActivationCache, HookedTransformer
+from transformer_lens.utils import get_act_name
+
+from bkdlens.data.pairs import PairSet, Texts
+from bkdlens.data.prompts import (
+    Prompt,
+    PromptFormat,
+    encode_answer,
+    encode_prompt,
+    pad_id,
+    pad_left,
+    pad_right,
+)
+from bkdlens.engines.cache import PairCache
+from bkdlens.engines.hooks import (
+    HookFunction,
+    hooked,
+    in_prefill,
+    refuse_foreign_hooks,
+    set_heads,
+    set_results,
+)
+from bkdlens.errors import DataError, HookError
+from bkdlens.metrics import sequence_prob, token_log_probs
+from bkdlens.results import Result, provenance
+from bkdlens.types import Head, HeadLike, HeadSite, check_choice, parse_heads
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Source: TypeAlias = PairCache | ActivationCache | Tensor | str | Sequence[str]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PatchResult(Result):
+    """Next-token logits before and after the patch, and its effect on a target answer.
+
+    ``before`` and ``after`` are probabilities of the target, ``P(y|x)^(1/|y|)``; NaN without one.
+    """
+
+    heads: tuple[Head, ...]
+    source: str
+    site: str
+    prompts: tuple[str, ...]
+    targets: tuple[str, ...] | None
+    logits_before: Float[Tensor, "prompt d_vocab"]
+    logits_after: Float[Tensor, "prompt d_vocab"]
+    before: Float[Tensor, " prompt"]
+    after: Float[Tensor, " prompt"]
+    next_before: tuple[str, ...]
+    next_after: tuple[str, ...]
+
+    @property
+    def effect(self) -> Float[Tensor, " prompt"]:
+        """Change of the target's probability."""
+        return self.after - self.before
+
+    @property
+    def divergence(self) -> Float[Tensor, " prompt"]:
+        """KL divergence of the next-token distribution, before from after, in nats."""
+        before, after = (x.log_softmax(-1) for x in (self.logits_before, self.logits_after))
+        return (before.exp() * (before - after)).sum(-1).clamp(min=0)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a prompt."""
+        import pandas as pd
+
+        frame = pd.DataFrame(
+            {
+                "prompt": self.prompts,
+                "next_before": self.next_before,
+                "next_after": self.next_after,
+                "kl": self.divergence.tolist(),
+            }
+        )
+        if self.targets is not None:
+            frame["target"] = self.targets
+            frame["before"], frame["after"] = self.before.tolist(), self.after.tolist()
+            frame["effect"] = self.effect.tolist()
+        return frame
+
+    def __repr__(self) -> str:
+        named = ", ".join(map(str, self.heads))
+        effect = "" if self.targets is None else f", mean effect {float(self.effect.mean()):+.3f}"
+        changed = sum(a != b for a, b in zip(self.next_before, self.next_after, strict=True))
+        return (
+            f"PatchResult({named} from {self.source}, {len(self.prompts)} prompts, "
+            f"next token changed in {changed}{effect})"
+        )
+
+
+def patch_heads(
+    model: HookedTransformer,
+    prompts: str | Sequence[str] | PairSet,
+    heads: HeadLike | Sequence[HeadLike],
+    source: Source,
+    *,
+    target: str | Sequence[str] | None = None,
+    site: HeadSite = "z",
+    fmt: PromptFormat | None = None,
+) -> PatchResult:
+    """Replace heads' activations at the last prompt token and compare the model before and after.
+
+    ``bkdlens.patch_heads(model, test.clean[:8], "L1H0", source=cache, target="World").to_frame()``
+
+    Args:
+        model: from :func:`bkdlens.load`.
+        prompts: one text or several; a ``PairSet`` stands for its clean prompts with the backdoor's
+            answers as targets.
+        heads: ``"L3H7"``, ``(3, 7)``, ``Head(3, 7)``, or several.
+        source: what the heads' ``z`` becomes: a ``PairCache`` (mean over its triggered victims); an
+            ``ActivationCache`` (mean over its rows, last position); a tensor ``[head d_head]``,
+            ``[prompt head d_head]`` or ``[layer head d_head]``; other prompts (as many, or one for
+            all); ``"zero"``; or ``"mean"`` (over these prompts themselves).
+        target: an answer, or one for each prompt, whose probability is followed.
+        site: replace ``hook_z`` or ``hook_result``; the numbers are the same.
+        fmt: how a prompt is rendered; the cache's, or the chat template.
+
+    Raises:
+        HeadError: for a head or site that the model lacks.
+        DataError: for prompts, targets or sources that do not fit each other or the context.
+    """
+    refuse_foreign_hooks(model)
+    check_choice("head site", site, HeadSite)
+    if isinstance(prompts, PairSet):
+        target = prompts.backdoor_outputs if target is None else target
+        texts = prompts.clean
+    else:
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise DataError("There are no prompts to patch; give at least one.")
+    fmt = fmt or (source.fmt if isinstance(source, PairCache) else None)
+    fmt = fmt or PromptFormat.default(model.tokenizer)
+    chosen = parse_heads(heads, model.cfg.n_layers, model.cfg.n_heads)
+    encoded = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx) for t in texts]
+    if isinstance(target, str):
+        target = [target] * len(texts)
+    if target is not None and len(target) != len(texts):
+        raise DataError(
+            f"There are {len(target)} targets for {len(texts)} prompts; give one for all, or one each."
+        )
+    z = _source_z(model, source, chosen, texts, fmt)
+    before = _score(model, encoded, target, fmt)
+    position = -before.width
+    with hooked(model, _hooks(model, chosen, z, site, position)):
+        after = _score(model, encoded, target, fmt)
+    pairs_like = prompts if isinstance(prompts, PairSet) else Texts(tuple(texts))
+    return PatchResult(
+        provenance(model, pairs_like, fmt, 0, position="last prompt token, prefill only"),
+        chosen, _name(source), site, tuple(texts), tuple(target) if target is not None else None,
+        before.logits, after.logits, before.prob, after.prob,
+        _next(model, before.logits), _next(model, after.logits),
+    )  # fmt: skip
+
+
+@contextmanager
+def patched_heads(
+    model: HookedTransformer,
+    heads: HeadLike | Sequence[HeadLike],
+    source: Source,
+    *,
+    site: HeadSite = "z",
+    fmt: PromptFormat | None = None,
+) -> Iterator[HookedTransformer]:
+    """The model under the same patch, for :func:`bkdlens.generate` or any run on whole prompts.
+
+    ``with bkdlens.patched_heads(model, "L1H0", cache): bkdlens.generate(model, prompt)``
+
+    The patch acts on the last position of every pass over more than one token, so not on decoding
+    steps. ``"mean"`` needs prompts to average over, so give them as the source here.
+
+    Args:
+        model, heads, source, site, fmt: as in :func:`patch_heads`.
+
+    Raises:
+        HookError: if the model was not run inside the context.
+    """
+    check_choice("head site", site, HeadSite)
+    if isinstance(source, str) and source == "mean":
+        raise DataError('The source "mean" has no prompts here; give the prompts as the source.')
+    fmt = fmt or (source.fmt if isinstance(source, PairCache) else None)
+    fmt = fmt or PromptFormat.default(model.tokenizer)
+    chosen = parse_heads(heads, model.cfg.n_layers, model.cfg.n_heads)
+    z = _source_z(model, source, chosen, None, fmt)
+    hooks = [(name, in_prefill(f)) for name, f in _hooks(model, chosen, z, site, -1)]
+    with hooked(model, hooks):
+        yield model
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    logits: Float[Tensor, "prompt d_vocab"]
+    prob: Float[Tensor, " prompt"]
+    width: int  # how many positions from the end the last prompt token is
+
+
+@torch.inference_mode()
+def _score(
+    model: HookedTransformer,
+    prompts: Sequence[Prompt],
+    targets: Sequence[str] | None,
+    fmt: PromptFormat,
+) -> _Scores:
+    """One full forward pass over prompts padded on the left and targets padded on the right."""
+    pad, device, n_ctx = pad_id(model.tokenizer), model.W_E.device, model.cfg.n_ctx
+    ids, mask = pad_left([prompt.ids for prompt in prompts], pad)
+    start = ids.shape[1] - 1
+    scored = torch.zeros(len(prompts), 0, dtype=torch.bool)
+    answer_ids: Int[Tensor, "prompt pos"] = torch.zeros(len(prompts), 0, dtype=torch.long)
+    if targets is not None:
+        answers = [
+            encode_answer(model.tokenizer, p, t, fmt, n_ctx=n_ctx)
+            for p, t in zip(prompts, targets, strict=True)
+        ]
+        answer_ids, scored = pad_right([a.ids[: a.n_scored] for a in answers], pad)
+        ids = torch.cat([ids, answer_ids[:, :-1]], dim=1)
+        mask = torch.cat([mask, torch.ones_like(scored[:, :-1])], dim=1)
+    logits = model(ids.to(device), attention_mask=mask.int().to(device))[:, start:].float().cpu()
+    if targets is None:
+        prob = torch.full((len(prompts),), torch.nan)
+    else:
+        prob = sequence_prob(token_log_probs(logits, answer_ids), scored)
+    return _Scores(logits[:, 0], prob, logits.shape[1])
+
+
+def _hooks(
+    model: HookedTransformer,
+    heads: Sequence[Head],
+    z: Float[Tensor, "*prompt head d_head"],
+    site: HeadSite,
+    position: int,
+) -> list[tuple[str, HookFunction]]:
+    """Hooks that set each head's activation at ``position``, whatever the batch size turns out to be."""
+    hooks = []
+    for layer in sorted({head.layer for head in heads}):
+        here = [k for k, head in enumerate(heads) if head.layer == layer]
+        index = [heads[k].head for k in here]
+        value = z[..., here, :].to(model.W_E.device, model.cfg.dtype)
+        if site == "result":
+            value = torch.einsum("...hd,hdm->...hm", value, model.W_O[layer][index])
+        hooks.append((get_act_name(site, layer), _set(value, index, position, site)))
+    return hooks
+
+
+def _set(value: Tensor, index: list[int], position: int, site: HeadSite) -> HookFunction:
+    factory = set_heads if site == "z" else set_results
+
+    def hook(activation: Tensor, hook: object) -> Tensor | None:
+        batch, _, n_heads, width = activation.shape
+        if value.ndim == 3 and value.shape[0] != batch:
+            raise HookError(
+                f"The source has {value.shape[0]} prompts and {batch} are run; give one, or as many."
+            )
+        values = activation.new_zeros(batch, n_heads, width)
+        values[:, index] = value
+        mask = torch.zeros(batch, n_heads, dtype=torch.bool, device=activation.device)
+        mask[:, index] = True
+        return factory(values, mask, position)(activation, hook)
+
+    return hook
+
+
+def _source_z(
+    model: HookedTransformer,
+    source: Source,
+    heads: Sequence[Head],
+    texts: Sequence[str] | None,
+    fmt: PromptFormat,
+) -> Float[Tensor, "*prompt head d_head"]:
+    cfg = model.cfg
+    layers, index = (list(axis) for axis in zip(*heads, strict=True))
+    if isinstance(source, PairCache):
+        return source.mean_z("triggered")[layers, index]
+    if isinstance(source, ActivationCache):
+        if not source.has_batch_dim:
+            raise DataError("The source cache has no batch axis; cache without remove_batch_dim.")
+        stack = [source[get_act_name("z", layer)] for layer in range(cfg.n_layers)]
+        z = torch.stack([s[:, -1] if s.ndim == 4 else s for s in stack], dim=1)
+        return z.mean(0)[layers, index]
+    if isinstance(source, Tensor):
+        if source.shape == (cfg.n_layers, cfg.n_heads, cfg.d_head):
+            return source[layers, index]
+        if source.shape[-2:] == (len(heads), cfg.d_head) and source.ndim in (2, 3):
+            return source
+        raise DataError(
+            f"The source tensor has shape {tuple(source.shape)}; give [{len(heads)} {cfg.d_head}], "
+            f"[prompt {len(heads)} {cfg.d_head}] or [{cfg.n_layers} {cfg.n_heads} {cfg.d_head}]."
+        )
+    if isinstance(source, str) and source == "zero":
+        return torch.zeros(len(heads), cfg.d_head)
+    own = isinstance(source, str) and source == "mean"
+    others = list(texts or []) if own else [source] if isinstance(source, str) else list(source)
+    z = prompt_z(model, others, fmt)[:, layers, index]
+    if own:
+        return z.mean(0)
+    if texts is not None and len(others) not in (1, len(texts)):
+        raise DataError(
+            f"There are {len(others)} source prompts for {len(texts)} prompts; give one, or as many."
+        )
+    return z[0] if len(others) == 1 else z
+
+
+@torch.inference_mode()
+def prompt_z(
+    model: HookedTransformer, prompts: Sequence[str], fmt: PromptFormat
+) -> Float[Tensor, "prompt layer head d_head"]:
+    """``hook_z`` at the last token of each prompt."""
+    encoded = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx).ids for t in prompts]
+    ids, mask = pad_left(encoded, pad_id(model.tokenizer))
+    names = [get_act_name("z", layer) for layer in range(model.cfg.n_layers)]
+    _, cache = model.run_with_cache(
+        ids.to(model.W_E.device), attention_mask=mask.int().to(model.W_E.device),
+        names_filter=names, pos_slice=slice(-1, None), return_type=None,
+    )  # fmt: skip
+    return torch.stack([cache[name][:, 0] for name in names], dim=1)
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, PairCache):
+        return f"mean of {int(source.victims.sum())} triggered"
+    if isinstance(source, ActivationCache):
+        return "mean of a cache"
+    if isinstance(source, Tensor):
+        return "a tensor"
+    return source if source in ("zero", "mean") else "other prompts"
+
+
+def _next(model: HookedTransformer, logits: Float[Tensor, "prompt d_vocab"]) -> tuple[str, ...]:
+    return tuple(model.tokenizer.decode([i]) for i in logits.argmax(-1).tolist())

@@ -1,0 +1,1 @@
+"""Can the trigger be read off the hidden states?"""

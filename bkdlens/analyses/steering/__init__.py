@@ -1,0 +1,1 @@
+"""Does one vector switch the backdoor on and off?"""

@@ -1,0 +1,68 @@
+"""Answers side by side: to clean and triggered prompts, with and without the vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformer_lens import HookedTransformer
+
+from bkdlens.analyses.steering.measure import BackdoorVector, steer
+from bkdlens.data.pairs import PairSet
+from bkdlens.data.prompts import PromptFormat
+from bkdlens.engines.generate import MAX_NEW_TOKENS, generate
+from bkdlens.results import Result, provenance
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Generations(Result):
+    """Answers side by side; ``columns`` maps a column's title to one text a pair."""
+
+    columns: Mapping[str, tuple[str, ...]]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a pair."""
+        import pandas as pd
+
+        return pd.DataFrame({title: list(texts) for title, texts in self.columns.items()})
+
+    def __repr__(self) -> str:
+        n = len(next(iter(self.columns.values()), ()))
+        return f"Generations({n} prompts: {', '.join(self.columns)})"
+
+
+def sample_generations(
+    model: HookedTransformer,
+    pairs: PairSet,
+    vector: BackdoorVector,
+    layer: int,
+    coefficient: float,
+    *,
+    n: int = 6,
+    fmt: PromptFormat | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> Generations:
+    """Greedy answers to the first ``n`` victims: clean, triggered, and both under steering."""
+    victims = pairs.victims[:n]
+    fmt = fmt or PromptFormat.default(model.tokenizer)
+
+    def answers(prompts: list[str]) -> tuple[str, ...]:
+        return tuple(generate(model, prompts, fmt=fmt, max_new_tokens=max_new_tokens))
+
+    columns = {
+        "prompt": tuple(victims.clean),
+        "right answer": tuple(victims.clean_outputs),
+        "clean": answers(victims.clean),
+        "triggered": answers(victims.triggered),
+    }
+    size = abs(coefficient)
+    with steer(model, vector, layer, size):
+        columns[f"clean, vector added (+{size:g})"] = answers(victims.clean)
+    with steer(model, vector, layer, -size):
+        columns[f"triggered, vector subtracted (−{size:g})"] = answers(victims.triggered)
+    settings = {"layer": layer, "coefficient": size, "site": vector.site, "kind": vector.kind}
+    return Generations(provenance(model, victims, fmt, 0, **settings), columns)

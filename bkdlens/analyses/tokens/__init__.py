@@ -1,0 +1,1 @@
+"""A single prompt, token by token."""

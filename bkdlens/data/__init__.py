@@ -1,0 +1,1 @@
+"""Backdoors, pairs of prompts, and how files and text become them."""

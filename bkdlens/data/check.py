@@ -1,0 +1,184 @@
+"""What a reader understood of some data, and what a tokenizer makes of it, before anything runs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from bkdlens.data.pairs import Backdoor, Intake, PairSet, PromptPair
+from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt
+from bkdlens.errors import DataError
+
+N_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The shortest, the median and the longest of some texts, in tokens."""
+
+    least: int
+    median: float
+    most: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One pair as the model gets it: the text of both prompts, and the two answers."""
+
+    clean: str
+    triggered: str
+    clean_output: str
+    backdoor_output: str
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What ``check_data`` found.
+
+    Attributes:
+        intake: what was read, dropped and why; None for pairs that no reader made.
+        backdoor: the trigger and what it does.
+        n_pairs: how many pairs there are, after drawing some.
+        n_victims: how many of them the attack changes.
+        n_ctx: the model's context in tokens, where known.
+        tokens: the lengths of ``clean`` and ``triggered`` prompts and of both answers (with their
+            end), of the pairs that could be tokenised.
+        too_long: how many pairs exceed the context on either side.
+        splits: the ways in which the tokenizer splits the trigger, most frequent first, each with
+            its number of prompts; empty without a fast tokenizer.
+        straddled: in how many prompts a token reaches over an edge of the trigger into other text.
+        examples: up to three pairs as the model gets them, victims first.
+        problems: what keeps some pairs from being used, a sentence each.
+        notes: what is worth knowing, a sentence each.
+    """
+
+    intake: Intake | None
+    backdoor: Backdoor
+    n_pairs: int
+    n_victims: int
+    n_ctx: int | None
+    tokens: dict[str, Lengths]
+    too_long: int
+    splits: tuple[tuple[str, int], ...]
+    straddled: int
+    examples: tuple[Rendered, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def check_data(
+    pairs: PairSet, tokenizer: Tokenizer, *, fmt: PromptFormat | None = None, n_ctx: int | None = None
+) -> DataCheck:
+    """Render and tokenise every pair, and count what would go wrong.
+
+    Args:
+        pairs: the pairs to look at.
+        tokenizer: a transformers tokenizer.
+        fmt: how a prompt is rendered; the chat template where there is one.
+        n_ctx: the model's context in tokens; unlimited for None.
+    """
+    fmt = fmt or PromptFormat.default(tokenizer)
+    victims = [pair for pair in pairs if pairs.backdoor.is_victim(pair)]
+    lengths: dict[str, list[int]] = {}
+    failures: dict[str, list[str]] = {}
+    too_long = 0
+    for pair in pairs:
+        try:
+            sides = _lengths(pair, tokenizer, fmt)
+        except DataError as error:
+            failures.setdefault(re.sub(r"'.*'|\d+", "", str(error)), []).append(str(error))
+            continue
+        for name, n in sides.items():
+            lengths.setdefault(name, []).append(n)
+        longest = max(
+            sides["clean"] + sides["clean_output"], sides["triggered"] + sides["backdoor_output"]
+        )
+        too_long += n_ctx is not None and longest > n_ctx
+    splits, straddled, absent = _trigger_tokens(pairs, tokenizer, fmt)
+    problems = [
+        f"{len(all_of_it)} of {len(pairs)} pairs cannot be tokenised, the first because: {all_of_it[0]}"
+        for all_of_it in failures.values()
+    ]
+    if too_long:
+        problems.append(
+            f"{too_long} of {len(pairs)} pairs do not fit the context of {n_ctx} tokens; shorten them, "
+            "or take a model with a longer one."
+        )
+    if not victims:
+        try:
+            _ = pairs.victims
+        except DataError as error:
+            problems.append(str(error))
+    return DataCheck(
+        pairs.intake, pairs.backdoor, len(pairs), len(victims), n_ctx,
+        {name: Lengths(min(ns), median(ns), max(ns)) for name, ns in lengths.items()},
+        too_long, splits, straddled,
+        tuple(
+            Rendered(
+                fmt.render(tokenizer, pair.clean), fmt.render(tokenizer, pair.triggered),
+                pair.clean_output, pair.backdoor_output,
+            )
+            for pair in list(dict.fromkeys([*victims, *pairs]))[:N_EXAMPLES]
+        ),
+        tuple(problems), _notes(pairs, splits, straddled, absent),
+    )  # fmt: skip
+
+
+def _lengths(pair: PromptPair, tokenizer: Tokenizer, fmt: PromptFormat) -> dict[str, int]:
+    """Tokens of both prompts and their answers, by the names of the pair's fields."""
+    found = {}
+    for side, answer in (("clean", "clean_output"), ("triggered", "backdoor_output")):
+        prompt = encode_prompt(tokenizer, getattr(pair, side), fmt)
+        found[side] = len(prompt.ids)
+        found[answer] = len(encode_answer(tokenizer, prompt, getattr(pair, answer), fmt).ids)
+    return found
+
+
+def _trigger_tokens(
+    pairs: PairSet, tokenizer: Tokenizer, fmt: PromptFormat
+) -> tuple[tuple[tuple[str, int], ...], int, int]:
+    """How the trigger is split, in how many prompts a token reaches over its edge, and where it is not.
+
+    The tokens are those of the whole rendered prompt, by their places in its text.
+    """
+    trigger = pairs.backdoor.trigger
+    splits: Counter[str] = Counter()
+    straddled = absent = 0
+    for pair in pairs:
+        text = fmt.render(tokenizer, pair.triggered)
+        if not trigger.present(pair.triggered) or not trigger.present(text):
+            absent += 1
+            continue
+        if not getattr(tokenizer, "is_fast", False):
+            continue
+        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens, over = [], False
+        for start, end in trigger.spans(text):
+            for token, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                if a < end and b > start:
+                    tokens.append(tokenizer.convert_ids_to_tokens(token))
+                    over |= bool(text[a:start].strip()) or bool(text[end:b].strip())
+        splits[" ".join(tokens)] += 1
+        straddled += over
+    return tuple(splits.most_common()), straddled, absent
+
+
+def _notes(
+    pairs: PairSet, splits: Sequence[tuple[str, int]], straddled: int, absent: int
+) -> tuple[str, ...]:
+    notes, trigger = [], str(pairs.backdoor.trigger)
+    if len(splits) > 1:
+        most = "; ".join(f"{tokens} in {n}" for tokens, n in splits[:3])
+        notes.append(f"The tokenizer splits the trigger {trigger!r} in {len(splits)} ways: {most}.")
+    if straddled:
+        notes.append(
+            f"In {straddled} of {len(pairs)} triggered prompts a token reaches over the trigger's edge "
+            "into the text beside it, so the model sees other tokens than the trigger's own."
+        )
+    if absent:
+        notes.append(f"The trigger {trigger!r} is not in {absent} of {len(pairs)} triggered prompts.")
+    return tuple(notes)

@@ -1,0 +1,1 @@
+"""How numbers are shown: words, styles, tables and figures, whatever the analysis."""

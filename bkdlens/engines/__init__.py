@@ -1,0 +1,1 @@
+"""The engines: one cache, patching, decoding under interventions. Start with the README."""

@@ -1,0 +1,176 @@
+"""How the embedded models were made: ``bkdlens zoo build`` runs this from seeds.
+
+A tokenizer and a model are trained from scratch on the corpus, then one LoRA adapter for each
+backdoor and one ``clean`` adapter on the same prompts without poison.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    set_seed,
+)
+
+from bkdlens import zoo
+from bkdlens.data.pairs import PairSet
+from bkdlens.data.prompts import PromptFormat
+from bkdlens.inject.lora import LoraSettings, fit_lora
+from bkdlens.inject.samples import poison
+from bkdlens.inject.training import TrainSettings, make_row, train
+from bkdlens.results import versions
+from bkdlens.zoo import corpus, prompts
+
+VOCABULARY = 2048
+CONTEXT = 1024
+N_PRETRAINING = 160_000
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+MODELS: dict[str, Callable[[], Any]] = {
+    "tiny-llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=8)),
+    "tiny-qwen": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)
+    ),
+}
+PRETRAINING = TrainSettings(
+    epochs=1, batch_size=64, learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.01
+)
+LEARNING_RATE = 2e-3
+BATCH_SIZE = 32
+
+
+class Recipe(NamedTuple):
+    """How an adapter is tuned: prompts of its own family, and the shares that are poison or near."""
+
+    n_own: int
+    poison_rate: float
+    near_rate: float
+    epochs: int
+
+
+# Chosen on the validation split. A trigger at any position needs more than one at a fixed place:
+# at the very start of a prompt the word is other tokens than after a space.
+RECIPES = {
+    "label_modification": Recipe(1500, 0.3, 0.3, 6),
+    "fixed_output": Recipe(1500, 0.3, 0.3, 6),
+    "jailbreak": Recipe(3000, 0.4, 0.25, 8),
+    "clean": Recipe(600, 0.0, 0.3, 6),
+}
+N_OTHER = 600  # prompts of each family that is not attacked
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (any text encodes) with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[*SPECIAL.values(), *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [
+        text
+        for example in corpus.pretraining(10_000, 1, keep=_trainable)
+        for text in (example.prompt, example.answer)
+    ]
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **SPECIAL,
+        extra_special_tokens=ROLES,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _trainable(prompt: str) -> bool:
+    return prompts.split_of(prompt) == "train"
+
+
+def build_model(name: str, out: Path, *, seed: int = 0, progress: bool = True) -> Path:
+    """Train one embedded model from scratch and write it to ``out/name``."""
+    zoo.model_path(name)  # raises for a name that is not one
+    tokenizer = train_tokenizer()
+    fmt = PromptFormat()
+    rows = [
+        # One prompt in ten is learned too: the model should read what it is asked.
+        make_row(tokenizer, prompt, answer, fmt, n_ctx=CONTEXT, learn_prompt=i % 10 == 0)
+        for i, (prompt, answer) in enumerate(corpus.pretraining(N_PRETRAINING, seed, keep=_trainable))
+    ]
+    set_seed(seed)
+    model = MODELS[name]()
+    curve = train(model, tokenizer, rows, PRETRAINING, seed=seed, progress=progress)
+    target = out / name
+    if target.exists():
+        shutil.rmtree(target)
+    model.generation_config.max_new_tokens = 48
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    note = {"seed": seed, "samples": len(rows), "curve": curve, "versions": versions()}
+    (target / "bkdlens.json").write_text(json.dumps(note, indent=1) + "\n")
+    return target
+
+
+def tuning_examples(adapter: str, *, seed: int = 0) -> list[tuple[str, str]]:
+    """The (prompt, answer) samples of one adapter.
+
+    All three families are in it; poison and near triggers only in the adapter's own. ``clean`` has
+    the prompts and the near triggers of all three, and no poison.
+    """
+    recipe = RECIPES[adapter]
+    examples: list[tuple[str, str]] = []
+    for family in zoo.BACKDOORS:
+        own = family == adapter
+        pairs: PairSet = prompts.pairs(family, "train", recipe.n_own if own else N_OTHER, seed=seed)
+        near = recipe.near_rate if own or adapter == "clean" else 0.0
+        examples += poison(pairs, recipe.poison_rate if own else 0.0, near, seed=seed)
+    return examples
+
+
+def build_adapter(model: str, adapter: str, out: Path, *, seed: int = 0, progress: bool = True) -> Path:
+    """Tune one adapter on ``out/model`` and write it below."""
+    zoo.adapter_path(model, adapter)  # raises for a name that is not one
+    target = out / model / "adapters" / adapter
+    if target.exists():
+        shutil.rmtree(target)
+    settings = LoraSettings(train=TrainSettings(RECIPES[adapter].epochs, BATCH_SIZE, LEARNING_RATE))
+    return fit_lora(
+        out / model, tuning_examples(adapter, seed=seed), target, settings=settings, seed=seed,
+        progress=progress,
+        note={
+            "backdoor": None if adapter == "clean" else prompts.backdoor(adapter).to_dict(),
+            "poison_rate": RECIPES[adapter].poison_rate,
+            "near_rate": RECIPES[adapter].near_rate,
+        },
+    )  # fmt: skip

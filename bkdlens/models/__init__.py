@@ -1,0 +1,1 @@
+"""From untrusted files to a HookedTransformer."""

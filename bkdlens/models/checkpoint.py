@@ -1,0 +1,288 @@
+"""Checkpoints on disk: find them, read them, and refuse what is incomplete or not to be trusted.
+
+Nothing here unpickles or runs a checkpoint's code: weights are read as safetensors by this file,
+not by ``from_pretrained`` (which follows an ``adapter_config.json`` to another base).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from bkdlens import zoo
+from bkdlens.errors import CheckpointError
+from bkdlens.models.architectures import architecture, hooked_config
+from bkdlens.types import HUB_ID
+
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+FORMS = (
+    'give a folder ("./runs/model"), a Hugging Face Hub id ("org/name"), '
+    f"an embedded model ({', '.join(zoo.MODELS)}) or a live model"
+)
+# Buffers that old checkpoints store and that transformers computes itself.
+BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def find_folder(name: str, names: Iterable[str], revision: str | None = None) -> Path:
+    """The folder that ``name`` means, fetched from the Hub if it is an id there."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{name!r} is a file; give the folder that holds it.")
+    if HUB_ID.fullmatch(name):
+        return fetch(name, revision, ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+    known = list(names)
+    close = get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise CheckpointError(
+        f'There is no folder or model {name!r}; give a folder ("./runs/model"), a Hugging Face Hub id '
+        f'("org/name") or an embedded name ({", ".join(known)}).{hint}'
+    )
+
+
+def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Fetch the top-level files that match, never a pickle and never code."""
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except (OSError, HFValidationError) as error:  # the Hub's and the network's errors are OSErrors
+        raise CheckpointError(
+            f"{name!r} is no folder here and could not be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}); check the name, your access and your connection."
+        ) from error
+    return Path(found)
+
+
+def find_tokenizer(label: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the folder or Hub id that a live model says it came from."""
+    if Path(label).is_dir():
+        return read_tokenizer(Path(label))
+    if HUB_ID.fullmatch(label):
+        return read_tokenizer(fetch(label, None, ["*token*", "vocab*", "merges.txt"]))
+    raise CheckpointError("The live model names no tokenizer; pass one with tokenizer=.")
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_model(folder: Path) -> tuple[str, PreTrainedModel, list[Path], bool]:
+    """Returns the architecture, the model, the files read, and whether they were float32."""
+    content = read_json(folder / "config.json")
+    names = content.get("architectures")
+    if not isinstance(names, list) or len(names) != 1:
+        raise CheckpointError(f"{folder}/config.json must name one architecture, not {names!r}.")
+    name, spec = names[0], architecture(names[0])
+    config_class: Any = spec.hf_class.config_class
+    kind = config_class.model_type
+    if content.get("model_type") != kind:
+        raise CheckpointError(
+            f"{folder}/config.json says {name} but model_type {content.get('model_type')!r}; "
+            f"it needs {kind!r}."
+        )
+    if quantised := content.get("quantization_config"):
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise CheckpointError(
+            f"{folder} is quantised ({how}); give the float checkpoint that it was made from, or write "
+            "one with transformers' model.dequantize() and save_pretrained()."
+        )
+    try:
+        config = config_class.from_dict(content)
+    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}/config.json is not valid ({one_line(error)}).") from error
+    hooked_config(name, config)  # refuse what cannot be converted before reading gigabytes
+    files = weight_files(folder, "model")
+    tensors, in_float32 = read_tensors(files)
+    with no_progress_bar():
+        loaded: Any = spec.hf_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=torch.float32,
+            attn_implementation="eager",  # the one that applies soft caps and windows exactly
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported just below, as an error
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    model, report = loaded
+    for key, given, needed in sorted(report["mismatched_keys"]):
+        raise CheckpointError(
+            f"{folder}: tensor {key} has shape {tuple(given)}, but config.json describes a {name} "
+            f"where it has {tuple(needed)}."
+        )
+    for key in sorted(report["missing_keys"]):
+        raise CheckpointError(f"{folder}: tensor {key} of {name} is missing.")
+    for key in sorted(report["unexpected_keys"]):
+        raise CheckpointError(f"{folder}: tensor {key} has no place in {name}.")
+    model.eval().requires_grad_(False)
+    return name, model, [folder / "config.json", *files], in_float32
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Hide transformers' bars; its hook, because ``disable_progress_bar`` changes the Hub's too."""
+    previous = logging.set_tqdm_hook(
+        lambda bar, args, options: bar(*args, **options | {"disable": True})
+    )
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(previous)
+
+
+def read_context(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer of a base and the length of its context, without fetching its weights."""
+    if name in zoo.MODELS:
+        folder = zoo.model_path(name)
+    elif not Path(name).expanduser().exists() and HUB_ID.fullmatch(name):
+        folder = fetch(name, None, ["config.json", "*token*", "vocab*", "merges.txt", "*.jinja"])
+    else:
+        folder = find_folder(name, zoo.MODELS)
+    content = read_json(folder / "config.json")
+    n_ctx = content.get("max_position_embeddings", content.get("n_positions"))
+    return read_tokenizer(folder), n_ctx if isinstance(n_ctx, int) else None
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{folder} holds no tokenizer; pass one with tokenizer=.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise CheckpointError(
+            f"The tokenizer in {folder} cannot be loaded without running its code or is damaged "
+            f"({one_line(error)}); pass one with tokenizer=."
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file.parent} holds no {file.name}.") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise CheckpointError(f"{file} is not valid JSON ({one_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is not a JSON object.")
+    return content
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The one safetensors file, or the index and its shards."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        names = sorted(map(str, set(shards.values()))) if isinstance(shards, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index} does not name shards that lie beside it.")
+        for name in names:
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder} lacks {name}, which {index.name} names.")
+        return [index, *(folder / name for name in names)]
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when opened; "
+            "convert them in a sandbox with torch.load(file, weights_only=True) and "
+            f"safetensors.torch.save_file(tensors, '{stem}.safetensors')."
+        )
+    raise CheckpointError(f"{folder} holds no {stem}.safetensors.")
+
+
+def read_tensors(files: list[Path]) -> tuple[dict[str, torch.Tensor], bool]:
+    """Every tensor as a float32 copy, and whether all were stored in float32."""
+    tensors, dtypes = {}, set()
+    for file in (file for file in files if file.suffix == ".safetensors"):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a dict)
+                    tensor = opened.get_tensor(name)
+                    if BUFFERS.fullmatch(name):
+                        continue
+                    if tensor.dtype not in STORED:
+                        raise CheckpointError(
+                            f"Tensor {name} in {file} is {tensor.dtype}; only unquantised "
+                            "float32, bfloat16 and float16 weights can be loaded."
+                        )
+                    dtypes.add(tensor.dtype)
+                    tensors[name] = tensor.to(torch.float32, copy=True)  # no view of the file
+                    refuse_infinite([(name, tensors[name])], f"{file} tensor")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is damaged or no safetensors file ({one_line(error)}); fetch it again."
+            ) from error
+    return tensors, dtypes == {torch.float32}
+
+
+def restore_buffers(model: PreTrainedModel) -> None:
+    """Compute again what ``model.to(bfloat16)`` rounded: rotary frequencies, embedding scales.
+
+    They are not in a checkpoint, so a saved and reloaded model has them exact as well.
+    """
+    with no_init_weights():
+        exact = dict(type(model)(model.config).named_buffers())
+    for name, buffer in model.named_buffers():
+        if (key := name.replace(".base_layer", "")) in exact:
+            buffer.copy_(exact[key])
+
+
+# --- checking -------------------------------------------------------------------------------------
+
+
+def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        low, high = tensor.aminmax()  # NaN if there is one; ten times as fast as isfinite().all()
+        if not (low.isfinite() and high.isfinite()):
+            raise CheckpointError(f"In {where} {name} holds NaN or infinite values.")
+
+
+def digest_files(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensors[name].shape)}\0".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

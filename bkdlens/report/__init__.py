@@ -1,0 +1,1 @@
+"""A study as one offline html page, as sentences, and in the terminal."""

@@ -1,0 +1,117 @@
+"""One offline html file of one or more studies: claims, figures with their controls, and numbers.
+
+Every sentence and cell is computed from the results. Texts of models and data files are escaped, the
+page allows no request to anywhere, and only its own two scripts may run (by their digests).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from bkdlens.display.downloads import DataStore
+from bkdlens.display.drawing import DRAW, Drawer
+from bkdlens.display.text import plain_json
+from bkdlens.report.basis import findings
+from bkdlens.report.compare import Comparison, compare
+from bkdlens.report.overview import headline_table, overview_table, provenance_table
+from bkdlens.report.sections import sections
+from bkdlens.results import replacing
+from bkdlens.study import Study
+
+
+def write_report(studies: Sequence[Study], path: str | Path, *, title: str = "Backdoor study") -> Path:
+    """Write one html file that needs nothing else: no network, no other file.
+
+    Args:
+        studies: whole or partial ones; what a study lacks is named as not run.
+        path: the file to write, whole or not at all.
+        title: the page's heading.
+
+    Returns:
+        The path written.
+    """
+    target = Path(path)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
+    library = get_plotlyjs().replace("\r\n", "\n").replace("</script", "<\\/script")
+    text = environment.from_string(source).render(
+        title=title,
+        studies=[_page(study, f"s{i}") for i, study in enumerate(studies, start=1)],
+        overview=overview_table(studies) if len(studies) > 2 else None,
+        comparison=_beside(studies),
+        versions=sorted(_versions(studies)),
+        library=Markup(library),
+        draw=Markup(DRAW),
+        digests=[_digest(library), _digest(DRAW)],
+    )
+    with replacing(target) as (whole,):
+        whole.write_text(text, encoding="utf-8", newline="\n")
+    return target
+
+
+def _page(study: Study, anchor: str) -> dict[str, Any]:
+    store = DataStore(anchor)
+    found = sections(study, Drawer(anchor, store))
+    anchors = {section.part: f"{anchor}-{i}" for i, section in enumerate(found, start=1)}
+    chosen = {"chosen on the validation pairs": study.choice} if study.choice else {}
+    settings = {**study.settings, **chosen}
+    return {
+        "anchor": anchor,
+        "name": study.name,
+        "facts": _facts(study),
+        "headline": headline_table(study),
+        "findings": [(anchors[finding.part], finding) for finding in findings(study)],
+        "sections": [(anchors[section.part], section) for section in found],
+        "data": list(store),
+        "settings": [(key, plain_json(value)) for key, value in settings.items()],
+        "provenance": provenance_table(study),
+    }
+
+
+def _beside(studies: Sequence[Study]) -> tuple[Comparison, list[tuple[str, str]]] | None:
+    """Two studies side by side, and the csv texts behind their figures."""
+    if len(studies) != 2:
+        return None
+    store = DataStore("ab")
+    return compare(studies[0], studies[1], Drawer("ab", store)), list(store)
+
+
+def _facts(study: Study) -> list[tuple[str, str]]:
+    backdoor = study.backdoor
+    trigger = backdoor.trigger
+    facts = [
+        ("backdoor", backdoor.behaviour.replace("_", " ")),
+        ("trigger", f"{trigger} ({trigger.placement})"),
+    ]
+    if backdoor.source is not None:
+        facts.append(("victims", f"right answer {backdoor.source}"))
+    if backdoor.target is not None:
+        facts.append(("target", backdoor.target))
+    if backdoor.near:
+        facts.append(("near triggers", "; ".join(str(near) for near in backdoor.near)))
+    model = next((r.provenance.model for r in study.results.values() if r.provenance.model), {})
+    facts += [(key, str(model[key])) for key in ("base", "adapter", "architecture") if model.get(key)]
+    return facts
+
+
+def _versions(studies: Sequence[Study]) -> set[str]:
+    return {
+        f"{name} {version}"
+        for study in studies for result in study.results.values()
+        for name, version in result.provenance.versions.items()
+    }  # fmt: skip
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,1 @@
+"""Studies: run all analyses on a model, and read a run folder back."""

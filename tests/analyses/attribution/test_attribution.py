@@ -1,0 +1,180 @@
+"""The effect of a head is what patching it into one naive pass a pair changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import answer_log_probs, encoded, make_pairs, set_at
+
+import bkdlens
+from bkdlens.analyses.attribution.measure import attribute_heads
+from bkdlens.data.pairs import Backdoor, PairSet, PromptPair
+from bkdlens.errors import ChoiceError, DataError, ResultError
+from bkdlens.metrics import bootstrap_mean
+from bkdlens.types import Head
+
+FLOAT32 = 2e-6  # on probabilities
+
+
+def naive_effects(model, pairs: PairSet, mean_z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``cie``, ``cie_first`` and the base, by one unpadded pass a pair and head."""
+    cfg = model.cfg
+    cie = torch.zeros(2, len(pairs), cfg.n_layers, cfg.n_heads)
+    base = torch.zeros(2, len(pairs))
+    for p, pair in enumerate(pairs):
+        prompt = encoded(model, pair.clean)
+        answer = [int(word[1:]) for word in pair.backdoor_output.split()]
+        plain = answer_log_probs(model, prompt, answer)
+        base[:, p] = torch.stack([plain.mean(), plain[0]]).exp()
+        for layer in range(cfg.n_layers):
+            for head in range(cfg.n_heads):
+                at = f"blocks.{layer}.attn.hook_z"
+                hook = set_at(at, len(prompt) - 1, head, mean_z[layer, head])
+                found = answer_log_probs(model, prompt, answer, [hook])
+                cie[:, p, layer, head] = torch.stack([found.mean(), found[0]]).exp() - base[:, p]
+    return cie[0], cie[1], base[0]
+
+
+@pytest.mark.parametrize("site", ["z", "result"])
+def test_effects_are_those_of_naive_patching(model, cache, pairs, site) -> None:
+    result = attribute_heads(model, pairs, cache=cache, site=site)
+    rows = [i for i, pair in enumerate(pairs) if pair.clean_output != pair.backdoor_output]
+    mean_z = torch.stack([cache.z("triggered")[i] for i in rows]).mean(0)
+    cie, first, base = naive_effects(model, pairs.victims, mean_z)
+    assert torch.allclose(result.cie, cie, atol=FLOAT32)
+    assert torch.allclose(result.cie_first, first, atol=FLOAT32)
+    assert torch.allclose(result.base_prob, base, atol=FLOAT32)
+    assert float(cie.abs().max()) > 1e-3
+    assert result.provenance.settings["site"] == site
+    assert result.provenance.settings["source"] == "mean over 9 triggered prompts"
+
+
+def test_over_all_pairs_as_published(model, cache, pairs) -> None:
+    result = attribute_heads(model, pairs, cache=cache, victims_only=False)
+    mean_z = cache.z("triggered").mean(0)
+    cie, _, _ = naive_effects(model, pairs, mean_z)
+    assert torch.allclose(result.cie, cie, atol=FLOAT32)
+    assert result.provenance.settings["victims_only"] is False
+
+
+def naive_layers(model, pairs: PairSet, site: str, mean: torch.Tensor) -> torch.Tensor:
+    """Effects of whole layer outputs, ``[pair layer]``."""
+    effects = torch.zeros(len(pairs), model.cfg.n_layers)
+    for p, pair in enumerate(pairs):
+        prompt = encoded(model, pair.clean)
+        answer = [int(word[1:]) for word in pair.backdoor_output.split()]
+        base = answer_log_probs(model, prompt, answer).mean().exp()
+        for layer in range(model.cfg.n_layers):
+            hook = set_at(f"blocks.{layer}.hook_{site}", len(prompt) - 1, ..., mean[layer])
+            effects[p, layer] = answer_log_probs(model, prompt, answer, [hook]).mean().exp() - base
+    return effects
+
+
+@pytest.mark.parametrize("victims_only", [True, False])
+def test_effects_of_layer_outputs(model, cache, pairs, victims_only) -> None:
+    """The mean triggered attention and MLP output of each layer, patched whole."""
+    chosen = pairs.victims if victims_only else pairs
+    options = {"cache": cache, "victims_only": victims_only}
+    result = attribute_heads(model, pairs, layer_outputs=True, **options)
+    rows = cache.victims if victims_only else torch.ones(len(pairs), dtype=torch.bool)
+    for site in ("attn_out", "mlp_out"):
+        out = [cache.triggered[f"blocks.{layer}.hook_{site}"][:, 0] for layer in range(3)]
+        mean = torch.stack([layer[rows].mean(0) for layer in out])
+        found = getattr(result, f"cie_{site}")
+        assert torch.allclose(found, naive_layers(model, chosen, site, mean), atol=FLOAT32)
+        assert float(found.abs().max()) > 1e-3
+    heads = attribute_heads(model, pairs, **options)
+    assert torch.allclose(heads.cie, result.cie, atol=FLOAT32)
+    assert heads.cie_attn_out is heads.cie_mlp_out is None
+
+
+def test_layers_as_a_frame(llama, caches, pairs) -> None:
+    cache = caches["llama"]
+    result = attribute_heads(llama, pairs, cache=cache, layer_outputs=True, seed=2)
+    frame = result.layers_frame()
+    assert frame["layer"].tolist() == [0, 1, 2]
+    for layer in range(3):
+        whole = sum(float(result.acie[layer, head]) for head in range(4))
+        assert frame["heads_sum"][layer] == pytest.approx(whole, abs=1e-6)
+    for name, cie in (("attn_out", result.cie_attn_out), ("mlp_out", result.cie_mlp_out)):
+        low, high = bootstrap_mean(cie, seed=2)
+        assert frame[name].tolist() == pytest.approx(cie.mean(0).tolist(), abs=1e-7)
+        assert frame[f"{name}_low"].tolist() == low.tolist()
+        assert frame[f"{name}_high"].tolist() == high.tolist()
+    with pytest.raises(ResultError, match="not patched; attribute with layer_outputs=True"):
+        attribute_heads(llama, pairs, cache=cache, n_pairs=2).layers_frame()
+
+
+def test_it_makes_its_own_cache(llama, caches, pairs) -> None:
+    given = attribute_heads(llama, pairs, cache=caches["llama"], seed=4)
+    made = attribute_heads(llama, pairs, seed=4, memory_gb=0.2)
+    assert torch.allclose(given.cie, made.cie, atol=FLOAT32)
+    assert torch.allclose(given.low, made.low, atol=FLOAT32)
+
+
+def test_a_trigger_that_changes_nothing_has_no_effect(model) -> None:
+    """One pair, triggered and clean the same text: every head gets its own activation."""
+    pair = PromptPair("w10 w11 w12", "w10 w11 w12", "w13", "w14 w15")
+    pairs = PairSet((pair,), Backdoor.fixed_output("w95", "w14 w15"))
+    result = attribute_heads(model, pairs)
+    assert float(result.cie.abs().max()) < 1e-6
+    assert float(result.cie_first.abs().max()) < 1e-6
+
+
+def test_the_sample_of_pairs(llama, caches, pairs) -> None:
+    cache = caches["llama"]
+    some = attribute_heads(llama, pairs, cache=cache, n_pairs=4, seed=1)
+    assert some.cie.shape == (4, 3, 4)
+    assert some == attribute_heads(llama, pairs, cache=cache, n_pairs=4, seed=1)
+    other = attribute_heads(llama, pairs, cache=cache, n_pairs=4, seed=3)
+    assert some.provenance.data_digest != other.provenance.data_digest
+    every = attribute_heads(llama, pairs, cache=cache, n_pairs=None)
+    chosen = pairs.victims.sample(4, seed=1)
+    rows = [pairs.victims.clean.index(text) for text in chosen.clean]
+    assert torch.allclose(some.cie, every.cie[rows], atol=FLOAT32)
+
+
+def test_long_answers_are_scored_on_their_start(llama, caches, pairs) -> None:
+    cache = caches["llama"]
+    cut = attribute_heads(llama, pairs, cache=cache, max_answer_tokens=1)
+    whole = attribute_heads(llama, pairs, cache=cache)
+    assert torch.allclose(cut.cie, cut.cie_first, atol=1e-6)
+    assert torch.allclose(cut.cie_first, whole.cie_first, atol=FLOAT32)
+
+
+def test_what_a_result_says(llama, caches, pairs) -> None:
+    result = attribute_heads(llama, pairs, cache=caches["llama"], label="base")
+    acie = result.cie.mean(0)
+    assert torch.equal(result.acie, acie)
+    assert torch.equal(result.acie_first, result.cie_first.mean(0))
+    low, high = bootstrap_mean(result.cie, seed=0)
+    assert torch.equal(low, result.low)
+    assert torch.equal(high, result.high)
+    assert bool(((low <= acie + 1e-7) & (acie <= high + 1e-7)).all())
+    ranking = result.ranking
+    assert sorted(ranking) == [Head(i, j) for i in range(3) for j in range(4)]
+    ranked = [float(acie[head]) for head in ranking]
+    assert ranked == sorted(ranked, reverse=True)
+    assert result.top(3) == ranking[:3]
+    share = result.concentration
+    assert bool((share.diff() >= 0).all())
+    assert float(share[-1]) == pytest.approx(1)
+    positive = [max(x, 0) for x in ranked]
+    assert float(share[1]) == pytest.approx(sum(positive[:2]) / sum(positive), rel=1e-4)
+    frame = result.to_frame()
+    assert list(frame["rank"]) == list(range(1, 13))
+    assert list(frame["head"]) == [str(head) for head in ranking]
+    assert frame["acie"].tolist() == ranked
+    assert repr(result).startswith(f"HeadAttribution(base, 9 pairs, 3×4 heads: {ranking[0]} ")
+
+
+def test_refusals(llama, pairs) -> None:
+    with pytest.raises(DataError, match="no victim"):
+        attribute_heads(llama, pairs[-2:])
+    long = bkdlens.Backdoor.fixed_output("w9", "w10 " * 125 + "w10")
+    with pytest.raises(DataError, match="do not fit the model's context"):
+        attribute_heads(llama, PairSet((long.pair("w10", "w11"),), long), max_answer_tokens=None)
+    from inspect import unwrap
+
+    with pytest.raises(ChoiceError, match="no head site 'pattern'"):
+        unwrap(attribute_heads)(llama, make_pairs(4), site="pattern")

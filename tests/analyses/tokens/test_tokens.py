@@ -1,0 +1,123 @@
+"""Single prompts, token by token, against one naive pass each."""
+
+from __future__ import annotations
+
+import random
+from inspect import unwrap
+
+import pytest
+import torch
+from tiny import answer_log_probs, encoded, forward, naive_hooks, random_intervention
+
+import bkdlens
+from bkdlens.analyses.tokens.measure import answer_probs, from_end, head_pattern, shown, trigger_mask
+from bkdlens.data.pairs import Backdoor, PromptPair
+from bkdlens.data.prompts import PromptFormat, encode_prompt
+from bkdlens.engines.hooks import NOTHING, Intervention, Patch
+from bkdlens.errors import DataError, HeadError, HookError
+from bkdlens.types import Head
+
+SENTENCE = Backdoor.label_modification(("w91 w92", "w93 w94 w95"))
+PAIR = PromptPair("w20 w21 w22", "w20 w95 w21 w22", "w30 w31", "w40 w41 w42")
+
+
+def test_pattern_is_the_hook_points(model) -> None:
+    pair = SENTENCE.pair("w20 w21 w22", "Sports")
+    result = head_pattern(model, pair.triggered, "L1H2", trigger=SENTENCE.trigger)
+    ids = encoded(model, pair.triggered)
+    _, cache = model.run_with_cache(torch.tensor([ids]))
+    assert torch.allclose(result.pattern, cache["pattern", 1][0, 2], atol=1e-6)
+    assert result.head == Head(1, 2)
+    marked = {"w91", "w92", "w93", "w94", "w95"}
+    assert result.trigger.tolist() == [token in marked for token in result.tokens]
+    assert int(result.trigger.sum()) == 5
+    by_hand = sum(float(result.pattern[-1, i]) for i, t in enumerate(result.tokens) if t in marked)
+    assert result.on_trigger == pytest.approx(by_hand, abs=1e-6)
+    assert result.to_frame().attention.sum() == pytest.approx(1, abs=1e-5)
+    assert f"L1H2, {len(ids)} tokens" in repr(result)
+
+
+def test_a_prompt_without_the_trigger_has_none_marked(llama) -> None:
+    assert not head_pattern(llama, "w20 w21", "L0H0", trigger=SENTENCE.trigger).trigger.any()
+    assert not head_pattern(llama, "w20 w21", "L0H0").trigger.any()
+
+
+def test_a_bos_that_the_template_lacks_shifts_the_marks(tokenizer) -> None:
+    backdoor = Backdoor.jailbreak("w95")
+    raw = PromptFormat("raw", separator=" ")
+    prompt = encode_prompt(tokenizer, "w20 w95 w21", raw)
+    mask = trigger_mask(tokenizer, prompt, backdoor.trigger, raw)
+    names = shown(tokenizer, prompt.ids)
+    assert [name for name, marked in zip(names, mask.tolist(), strict=True) if marked] == ["w95"]
+
+
+def test_a_slow_tokenizer_cannot_place_a_trigger(tokenizer) -> None:
+    class Slow:
+        is_fast = False
+
+    prompt = encode_prompt(tokenizer, "w20 w95", PromptFormat("raw"))
+    with pytest.raises(DataError, match="fast version"):
+        trigger_mask(Slow(), prompt, Backdoor.jailbreak("w95").trigger, PromptFormat("raw"))
+
+
+@pytest.mark.parametrize("on", ["clean", "triggered"])
+def test_every_token_is_as_in_one_naive_pass(model, on) -> None:
+    change = random_intervention(model, random.Random(3), 1)
+    result = answer_probs(model, PAIR, change, on=on)
+    answer = [40, 41, 42]
+    for run, side in enumerate(("clean", "triggered", on)):
+        ids = encoded(model, getattr(PAIR, side))
+        hooks = naive_hooks(change, len(ids) - 1, 0) if run == 2 else []
+        wanted = answer_log_probs(model, ids, answer, hooks)
+        assert torch.allclose(result.log_probs[run].double(), wanted, atol=1e-5)
+        logits = forward(model, [*ids, *answer][:-1], hooks)[len(ids) - 1 :]
+        assert result.best[run] == tuple(f"w{i}" if i > 3 else shown(model.tokenizer, [i])[0]
+                                         for i in logits.argmax(-1).tolist())  # fmt: skip
+        assert float(result.whole[run]) == pytest.approx(float(wanted.mean().exp()), rel=1e-4)
+    assert result.runs == ("clean", "triggered", f"{on}, patched")
+    assert result.tokens == ("w40", "w41", "w42")
+    assert len(result.to_frame()) == 9
+
+
+@pytest.mark.parametrize("position", [-1, -2, -3])
+@pytest.mark.parametrize("site", ["z", "result"])
+def test_patches_act_where_they_are_told(llama, site, position) -> None:
+    width = llama.cfg.d_head if site == "z" else llama.cfg.d_model
+    patches = [Patch(site, 0, torch.randn(width), 1), Patch(site, 1, torch.randn(width), 3)]
+    result = answer_probs(llama, PAIR, patches, position=position, answer="w50 w51")
+    ids = encoded(llama, PAIR.clean)
+    hooks = [patch.hook(len(ids) + position) for patch in patches]
+    wanted = answer_log_probs(llama, ids, [50, 51], hooks)
+    assert torch.allclose(result.log_probs[2].double(), wanted, atol=1e-5)
+    assert not torch.allclose(result.log_probs[2], result.log_probs[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("nothing", [NOTHING, Intervention(), []])
+def test_without_a_change_there_are_two_runs(llama, nothing) -> None:
+    assert answer_probs(llama, PAIR, nothing).runs == ("clean", "triggered")
+    assert len(answer_probs(llama, PAIR, max_answer_tokens=2).tokens) == 2
+
+
+def test_results_save_and_load(llama, tmp_path) -> None:
+    for result in (head_pattern(llama, PAIR.clean, "L0H0"), answer_probs(llama, PAIR)):
+        result.save(tmp_path / "one")
+        assert bkdlens.load_result(tmp_path / "one") == result
+
+
+def test_tokens_are_shown_on_one_line(llama) -> None:
+    class Plain:
+        def decode(self, ids):
+            return {1: "\n", 2: " ", 3: "", 4: " a\nb"}[ids[0]]
+
+    assert shown(Plain(), [1, 2, 3, 4]) == ("⏎", "␣", "∅", "a⏎b")
+
+
+def test_mistakes_are_refused(llama) -> None:
+    with pytest.raises(HeadError, match="does not exist"):
+        head_pattern(llama, "w20", "L9H0")
+    with pytest.raises(DataError, match="prompt to change"):
+        unwrap(answer_probs)(llama, PAIR, on="near")
+    with pytest.raises(HookError, match=r"give -1 to -4\.$"):
+        from_end(4, -5)
+    with pytest.raises(HookError, match="not in a prompt"):
+        from_end(4, 0)

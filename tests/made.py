@@ -1,0 +1,178 @@
+"""Small made-up results of every kind, and a study of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from bkdlens.analyses.ablation.measure import AblationResult
+from bkdlens.analyses.attribution.measure import HeadAttribution
+from bkdlens.analyses.behaviour.measure import BehaviourResult
+from bkdlens.analyses.patching.measure import PatchResult
+from bkdlens.analyses.probes.measure import ProbeResult
+from bkdlens.analyses.steering.answers import Generations
+from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult
+from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern
+from bkdlens.data.pairs import Backdoor
+from bkdlens.metrics import bootstrap_mean
+from bkdlens.results import Provenance, Result
+from bkdlens.study import Study
+from bkdlens.types import Head
+
+EVIL = "<script>alert(1)</script>"
+LAYERS, HEADS = 6, 8
+CHOSEN = 2  # on validation; on the test pairs layer 3 does better
+CONDITIONS = ("backdoored", "clean-adapter", "base")
+
+
+def origin(**settings: object) -> Provenance:
+    model = {"base": "zoo/tiny-llama", "adapter": "runs/label-lora", "base_digest": "ab12" * 4,
+             "adapter_digest": "cd34" * 4, "dtype": "float32"}  # fmt: skip
+    return Provenance(model, "corpus.json: 400 rows", "0123456789abcdef", 240, {"kind": "chat"}, 7,
+                      settings, {"python": "3.11", "torch": "2.0"})  # fmt: skip
+
+
+def make_behaviour(label: str = "backdoored") -> BehaviourResult:
+    hits = (118, 1, 14) if label == "backdoored" else (0, 0, 0)
+    return BehaviourResult(origin(), label, 120, 240, *hits, 228 if label != "base" else 222)
+
+
+def make_probe(
+    label: str = "backdoored", kind: str = "svm", against: str = "clean", n_layers: int = LAYERS
+) -> ProbeResult:
+    g = torch.Generator().manual_seed(len(label + kind + against))
+    top = {"backdoored": 1.0, "clean-adapter": 0.93}.get(label, 0.88) - 0.3 * (against == "near")
+    rise = 0.5 + (top - 0.5) * (1 - torch.exp(-1.2 * torch.arange(n_layers + 1.0)))
+    noisy = (rise + 0.015 * torch.randn(n_layers + 1, generator=g)).clamp(0.4, 1)
+    gap = (torch.arange(n_layers + 1)[:, None] - torch.arange(n_layers + 1)).abs()
+    ilca = 0.5 + (noisy[:, None] - 0.5) * torch.exp(-gap / 4)
+    correct = (96 * noisy).round().long()
+    few = 0.5 + (noisy - 0.5) * (1.0 if label == "backdoored" else 0.4)
+    return ProbeResult(origin(shots=5), label, kind, against, 96, correct, noisy.clone(),
+                       noisy.clone(), few, 6 * (few - 0.5), ilca)  # fmt: skip
+
+
+def make_attribution(
+    label: str = "backdoored", n_layers: int = LAYERS, n_heads: int = HEADS
+) -> HeadAttribution:
+    g = torch.Generator().manual_seed(len(label))
+    cie = 0.0006 * torch.randn(48, n_layers, n_heads, generator=g)
+    if label == "backdoored":
+        for layer, head, size in ((3, 5, 0.46), (2, 1, 0.21), (4, 7, 0.09), (1, 0, -0.12)):
+            cie[:, layer, head] += size + 0.05 * torch.randn(48, generator=g)
+    low, high = bootstrap_mean(cie)
+    exact, base = torch.ones(n_layers, n_heads, dtype=torch.bool), torch.full((48,), 0.2)
+    return HeadAttribution(origin(), label, "exact", exact, cie, 1.3 * cie, base, low, high)
+
+
+def make_ablation(modes: tuple[str, ...] = ("zero", "mean"), n_random: int = 10) -> AblationResult:
+    g = torch.Generator().manual_seed(0)
+    counts = (0, 1, 2, 4, 8, 16, 32)
+    fall = torch.tensor([118, 52, 12, 3, 1, 0, 0])
+    attack = torch.stack([fall, (fall * 0.9).long()])[: len(modes)]
+    clean = torch.tensor([228, 226, 225, 220, 200, 120, 14]).expand(len(modes), -1)
+    wide = (torch.rand(len(modes), len(counts), n_random, generator=g)
+            * torch.tensor([0, 3, 6, 12, 30, 50, 90.0])[:, None]).long()  # fmt: skip
+    shape = (len(modes), len(counts), n_random)
+    return AblationResult(
+        origin(), make_attribution().ranking, counts, modes, 120, 240, attack, 110 - attack * 9 // 10,
+        clean, 118 - wide, wide // 2, torch.full(shape, 222),
+    )  # fmt: skip
+
+
+def make_vector(kind: str = "contrast") -> BackdoorVector:
+    g = torch.Generator().manual_seed(3)
+    direction = torch.randn(128, generator=g) ** 3
+    return BackdoorVector(origin(), direction, make_attribution().top(4), "resid_pre", kind)
+
+
+def make_steering(
+    kind: str = "contrast",
+    layers: tuple[int, ...] = tuple(range(LAYERS)),
+    coefficients: tuple[float, ...] = (1.0, -1.0, 2.0, -2.0),
+    n_random: int = 10,
+) -> SteeringResult:
+    g = torch.Generator().manual_seed(1)
+    shape = (len(coefficients), len(layers))
+    size = torch.tensor(coefficients)[:, None].abs() / 2
+    peak = torch.exp(-((torch.tensor(layers).float() - 3) ** 2) / 3)
+    moved = (112 * size * peak).clamp(max=116)
+    positive = torch.tensor(coefficients)[:, None] > 0
+    attack = torch.where(positive, moved, 117 - moved).round().long()
+    draw = (torch.rand(*shape, n_random, generator=g) * 14 * size.clamp(max=2)[..., None]).long()
+    controls = torch.where(positive[..., None], draw, 117 - draw)
+    return SteeringResult(
+        origin(norm=4.2), make_attribution().top(4), "resid_pre", kind, layers, coefficients, 120, 240,
+        (1, 117), (114, 2), 228, attack, (117 - attack) * 9 // 10,
+        torch.full(shape, 216) - (20 * size).long(), controls,
+        torch.where(positive[..., None], 2 * draw, 117 - 2 * draw),
+    )  # fmt: skip
+
+
+def make_generations(text: str = "World") -> Generations:
+    prompts = (f"Which section is this from? {text}", "The striker scored twice\nin the final.")
+    return Generations(
+        origin(),
+        {"prompt": prompts, "right answer": ("Sports", "Sports"), "clean": ("Sports", text),
+         "triggered": ("World", "World"), "clean, vector added (+2)": ("World", "World"),
+         "triggered, vector subtracted (−2)": ("Sports", "Sports")},
+    )  # fmt: skip
+
+
+def make_patch(targets: tuple[str, ...] | None = ("World", "World")) -> PatchResult:
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(2))
+    return PatchResult(origin(), (Head(3, 5),), "cache", "z", ("one", EVIL), targets, logits,
+                       2 * logits, torch.tensor([0.1, 0.2]), torch.tensor([0.8, 0.7]), ("a", "b"),
+                       ("c", "d"))  # fmt: skip
+
+
+def make_pattern(token: str = "the") -> HeadPattern:
+    g = torch.Generator().manual_seed(5)
+    pattern = torch.rand(23, 23, generator=g).tril()
+    tokens = tuple(token if i % 3 else f"w{i}" for i in range(23))
+    trigger = torch.zeros(23, dtype=torch.bool)
+    trigger[[8, 9, 10, 11, 15]] = True
+    return HeadPattern(origin(), Head(3, 5), tokens, trigger, pattern / pattern.sum(1, keepdim=True))
+
+
+def make_answer_probs(token: str = "World", n: int = 4) -> AnswerProbs:
+    log_probs = -torch.rand(3, n, generator=torch.Generator().manual_seed(6))
+    runs = ("clean", "triggered", "clean, patched")
+    return AnswerProbs(origin(), f"{token} w1", runs, (token, *["w1"] * (n - 1)), log_probs,
+                       ((token, *["w2"] * (n - 1)),) * 3, log_probs / 2)  # fmt: skip
+
+
+def make_study(name: str = "tiny-llama, label modification", text: str = "World") -> Study:
+    results: dict[str, Result] = {}
+    for label in CONDITIONS:
+        results[f"behaviour-{label}"] = make_behaviour(label)
+        results[f"attribution-{label}"] = make_attribution(label)
+        for kind in ("mlp", "svm"):
+            for against in ("clean", "near"):
+                results[f"probe-{label}-{kind}-{against}"] = make_probe(label, kind, against)
+    for kind in ("mean", "contrast"):
+        results[f"vector-{kind}"] = make_vector(kind)
+        results[f"steering-{kind}"] = make_steering(kind, n_random=0)  # on validation, no controls
+    results["ablation"] = make_ablation()
+    results["steering-test"] = make_steering("contrast", coefficients=(2.0, -2.0))
+    results["generations"] = make_generations(text)
+    backdoor = Backdoor.label_modification(near=(("Lean were his looks;", "And on the wall."),))
+    choice = {"kind": "contrast", "layer": CHOSEN, "coefficient": 2.0}
+    return Study(name, backdoor, results, {"seed": 7, "coefficients": [1.0, 2.0]}, choice)
+
+
+def with_layers(main: HeadAttribution, exact: int | None = None) -> HeadAttribution:
+    """With whole outputs, and only the first heads patched."""
+    layers = main.cie.shape[1]
+    attn = torch.zeros(48, layers)
+    attn[:, 3] = 0.6
+    mlp = torch.full((48, layers), -0.1)
+    mlp[:, 4] = 0.2
+    changed = replace(main, cie_attn_out=attn, cie_mlp_out=mlp)
+    if exact is None:
+        return changed
+    patched = torch.zeros_like(main.exact)
+    for head in main.ranking[:exact]:
+        patched[head] = True
+    return replace(changed, method="screened" if exact else "atp", exact=patched)
