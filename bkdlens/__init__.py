@@ -25,7 +25,7 @@ _HOME = {
     "Backdoor": "data.pairs",
     "PairSet": "data.pairs",
     "PromptPair": "data.pairs",
-    "Trigger": "data.pairs",
+    "Trigger": "data.trigger",
     "check_data": "data.check",
     "compare_heads": "analyses.attribution.compare",
     "read_pairs": "data.reading",
@@ -45,15 +45,15 @@ _HOME = {
     "train_probes": "analyses.probes.measure",
     "PromptFormat": "data.prompts",
     "write_report": "report.page",
-    "BackdoorVector": "analyses.steering.measure",
+    "BackdoorVector": "analyses.steering.vector",
     "SteeringResult": "analyses.steering.measure",
-    "steer": "analyses.steering.measure",
+    "steer": "analyses.steering.vector",
     "sweep_layers": "analyses.steering.measure",
     "explore": "notebook.widgets",
     "Study": "study",
-    "StudySettings": "runs.run",
-    "load_result": "study",
-    "load_study": "study",
+    "StudySettings": "study",
+    "load_result": "runs.reading",
+    "load_study": "runs.reading",
     "run_study": "runs.run",
     "Patch": "engines.hooks",
     "sweep_patches": "engines.sweep",
@@ -76,12 +76,14 @@ if TYPE_CHECKING:
     from bkdlens.analyses.patching.measure import PatchResult, patch_heads, patched_heads
     from bkdlens.analyses.probes.measure import ProbeResult, train_probes
     from bkdlens.analyses.steering.answers import sample_generations
-    from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult, steer, sweep_layers
+    from bkdlens.analyses.steering.measure import SteeringResult, sweep_layers
+    from bkdlens.analyses.steering.vector import BackdoorVector, steer
     from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern, answer_probs, head_pattern
     from bkdlens.data.check import check_data
-    from bkdlens.data.pairs import Backdoor, PairSet, PromptPair, Trigger
+    from bkdlens.data.pairs import Backdoor, PairSet, PromptPair
     from bkdlens.data.prompts import PromptFormat
     from bkdlens.data.reading import read_pairs
+    from bkdlens.data.trigger import Trigger
     from bkdlens.engines.cache import PairCache, cache_activations
     from bkdlens.engines.generate import decode, evaluate, generate
     from bkdlens.engines.hooks import Intervention, Patch, Vector
@@ -91,8 +93,9 @@ if TYPE_CHECKING:
     from bkdlens.models.load import load, load_info
     from bkdlens.notebook.widgets import explore
     from bkdlens.report.page import write_report
-    from bkdlens.runs.run import StudySettings, run_study
-    from bkdlens.study import Study, load_result, load_study
+    from bkdlens.runs.reading import load_result, load_study
+    from bkdlens.runs.run import run_study
+    from bkdlens.study import Study, StudySettings
     from bkdlens.types import Head
 
 

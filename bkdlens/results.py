@@ -9,20 +9,23 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import singledispatch
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bkdlens.errors import HeadError, ResultError
+from bkdlens.errors import HeadError, ResultError, unknown
 from bkdlens.types import Head
 
 if TYPE_CHECKING:
@@ -95,21 +98,32 @@ def provenance(model: Any, pairs: Any, fmt: Any, seed: int, **settings: Any) -> 
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
-    """The base of all results; subclasses are frozen dataclasses and add their axes and numbers."""
+    """The base of all results; subclasses are frozen dataclasses that add their axes and numbers.
 
+    A subclass registers itself under its name, which is what a saved file is read back by.
+    """
+
+    kinds: ClassVar[dict[str, type[Result]]] = {}
+    saved_as: ClassVar[Mapping[str, str]] = {}  # names in files, where a field has another one
     provenance: Provenance
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Result.kinds[cls.__name__] = cls
 
     @abstractmethod
     def to_frame(self) -> pd.DataFrame:
-        """The result in long form, one row a cell."""
+        """The result in long form, one row per cell."""
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """Everything that figures draw, in long form, by what is added to the result's file name."""
+        return {"": self.to_frame()}
 
     def plot(self) -> go.Figure:
-        """The result's figure; see :mod:`bkdlens.plot` for the others."""
-        from bkdlens import plot  # the one import that goes up, and only when called
-
-        return plot.figure(self)
+        """The result's figure; :mod:`bkdlens.plot` has more."""
+        return figure(self)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and all(
@@ -127,7 +141,8 @@ class Result:
         stem = Path(path)
         tensors: dict[str, torch.Tensor] = {}
         content = {"type": type(self).__name__}
-        content |= {f.name: _encode(getattr(self, f.name), f.name, tensors) for f in fields(self)}
+        names = {f.name: self.saved_as.get(f.name, f.name) for f in fields(self)}
+        content |= {named: _encode(getattr(self, name), named, tensors) for name, named in names.items()}
         targets = (stem.with_name(stem.name + ending) for ending in (".safetensors", ".json"))
         with replacing(*targets) as (weights, head):
             save_file(tensors, weights)
@@ -147,9 +162,28 @@ class Result:
             raise ResultError(f"{stem.name}.json holds a {content.get('type')}, not a {cls.__name__}.")
         try:
             tensors = load_file(stem.with_name(stem.name + ".safetensors"))
-            return cls(**{f.name: _decode(content[f.name], tensors) for f in fields(cls)})
+            names = {f.name: cls.saved_as.get(f.name, f.name) for f in fields(cls)}
+            return cls(**{name: _decode(content[named], tensors) for name, named in names.items()})
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, HeadError) as error:
             raise ResultError(f"The saved result {stem} is damaged ({error}); make it again.") from None
+
+
+@singledispatch
+def figure(result: Result) -> go.Figure:
+    """The figure of any result, found by its type.
+
+    The module ``figures`` beside a result's own registers how it is drawn. It is imported here, when a
+    figure is first asked for, so that measuring needs no plotly.
+
+    Raises:
+        ResultError: for a kind of result that has no figure.
+    """
+    figures = f"{type(result).__module__.rpartition('.')[0]}.figures"
+    if figures.startswith("bkdlens.analyses.") and figures not in sys.modules:
+        import_module(figures)
+        return figure(result)
+    kinds = sorted(kind.__name__ for kind in figure.registry if kind is not object)
+    raise ResultError(unknown("figure for a result of kind", type(result).__name__, kinds))
 
 
 def read_json(stem: Path) -> dict[str, Any]:

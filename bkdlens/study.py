@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from bkdlens.analyses.ablation.measure import AblationResult
-from bkdlens.analyses.attribution.measure import HeadAttribution
-from bkdlens.analyses.behaviour.measure import BehaviourResult
-from bkdlens.analyses.patching.measure import PatchResult
-from bkdlens.analyses.probes.measure import ProbeResult
-from bkdlens.analyses.steering.answers import Generations
-from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult
-from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern
+from bkdlens import paper
 from bkdlens.data.pairs import Backdoor
-from bkdlens.errors import DataError, ResultError, unknown
-from bkdlens.results import Result, read_json
+from bkdlens.errors import ResultError
+from bkdlens.results import Result, replacing
 
+R = TypeVar("R", bound=Result)
 CONDITIONS = ("backdoored", "clean-adapter", "base")
+MAIN = CONDITIONS[0]
 
-KINDS: dict[str, type[Result]] = {
-    kind.__name__: kind
-    for kind in (
-        AblationResult, AnswerProbs, BackdoorVector, BehaviourResult, Generations,
-        HeadAttribution, HeadPattern, PatchResult, ProbeResult, SteeringResult,
-    )
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Everything about a study that is a choice; saved with it.
+
+    Examples:
+        >>> settings = bkdlens.StudySettings(n_attribution=48, ablation_modes=("mean",))
+    """
+
+    n_attribution: int | None = paper.N_PAIRS  # clean pairs; all for None
+    attribution_method: str = "exact"
+    layer_outputs: bool = True  # attribute whole attention and MLP outputs too
+    ablation_counts: tuple[int, ...] = paper.ABLATION_COUNTS
+    ablation_modes: tuple[str, ...] = ("zero", "mean")
+    vector_heads: int | None = None  # None: a thirty-second of all heads (as the paper), at least 4
+    vector_kinds: tuple[str, ...] = ("mean", "contrast")
+    vector_site: str = "resid_pre"
+    coefficients: tuple[float, ...] = (1.0, 2.0)  # both signs of each are tried
+    n_random: int = 10  # draws of each random control
+    probe_kinds: tuple[str, ...] = ("mlp", "svm")
+    max_new_tokens: int = 48  # where a decoded answer is cut
+    seed: int = 0
+
+
+# The demo's settings: fewer pairs, so that it ends within a minute and a half on two cores.
+DEMO = StudySettings(n_attribution=48, max_new_tokens=24)
 
 
 @dataclass(frozen=True)
 class Study:
-    """Everything about one model and one backdoor; ``results`` by file name.
+    """Everything about one model and one backdoor.
 
-    The names: ``behaviour-<condition>``, ``probe-<condition>-<mlp|svm>-<clean|near>``,
-    ``attribution-<condition>``, ``ablation``, ``vector-<mean|contrast>``,
-    ``steering-<mean|contrast>`` (on the validation pairs, without random controls), ``steering-test``
-    (the chosen kind and coefficient, on the test pairs, with them) and ``generations``. Conditions
-    are ``backdoored`` and the controls ``clean-adapter`` and ``base``, where given. ``choice`` is the
-    vector's kind, coefficient and layer as chosen on the validation pairs.
+    Attributes:
+        name: a title.
+        backdoor: what the trigger does, and when that counts as a success.
+        results: by file name: ``behaviour-<condition>``, ``probe-<condition>-<mlp|svm>-<clean|near>``,
+            ``attribution-<condition>``, ``ablation``, ``vector-<mean|contrast>``,
+            ``steering-<mean|contrast>`` (on the validation pairs, without random controls),
+            ``steering-test`` (the chosen kind and coefficient, on the test pairs, with them) and
+            ``generations``. Conditions are ``backdoored`` and the controls ``clean-adapter`` and
+            ``base``, where given.
+        settings: :class:`StudySettings` as plain values, with the prompt format, the model and the
+            digests of the pairs.
+        choice: the vector's kind, coefficient and layer as chosen on the validation pairs.
     """
 
     name: str
@@ -48,75 +69,37 @@ class Study:
     settings: Mapping[str, Any]
     choice: Mapping[str, Any] = field(default_factory=dict)
 
+    def get(self, name: str, kind: type[R]) -> R | None:
+        """The result of that name; None where it was not run.
 
-def load_result(path: str | Path) -> Result:
-    """Load any saved result, whatever its kind.
+        Raises:
+            ResultError: if it is of another kind.
+        """
+        result = self.results.get(name)
+        if result is None or isinstance(result, kind):
+            return result
+        raise ResultError(
+            f"The result {name!r} is a {type(result).__name__}, not a {kind.__name__}; make it again."
+        )
 
-    Raises:
-        ResultError: if there is none, or it is damaged.
-    """
-    stem = Path(path)
-    stem = stem.with_suffix("") if stem.suffix in (".json", ".safetensors") else stem
-    kind = read_json(stem).get("type")
-    if kind not in KINDS:
-        raise ResultError(unknown("kind of result", kind, KINDS))
-    return KINDS[kind].load(stem)
+    def named(self, kind: type[R]) -> dict[str, R]:
+        """All results of one kind by name: the suspected model's first, then those of its controls."""
+        order = {condition: i for i, condition in enumerate(CONDITIONS)}
+        found = [(name, r) for name, r in self.results.items() if isinstance(r, kind)]
+        found.sort(key=lambda item: (order.get(getattr(item[1], "label", ""), len(order)), item[0]))
+        return dict(found)
 
+    def by_condition(self, kind: type[R]) -> dict[str, R]:
+        """The results of one kind by the condition that they label, the suspected model's first."""
+        return {result.label: result for result in self.named(kind).values()}  # type: ignore[attr-defined]
 
-def load_study(folder: str | Path) -> Study:
-    """Load a run folder.
-
-    Raises:
-        ResultError: if it is not one.
-    """
-    folder = Path(folder)
-    head = read_json(folder / "study")
-    results = {
-        path.stem: load_result(path)
-        for path in sorted(folder.glob("*.json"))
-        if path.name != "study.json"
-    }
-    try:
-        backdoor = Backdoor.from_dict(head["backdoor"])
-        return Study(head["name"], backdoor, results, head["settings"], head["choice"])
-    except (KeyError, TypeError, DataError) as error:
-        raise ResultError(f"{folder / 'study.json'} is damaged ({error}); make it again.") from None
-
-
-def summary(study: Study) -> dict[str, Any]:
-    """The headline numbers of a study as plain values for machines, rates with count and interval."""
-    results, layer = study.results, study.choice.get("layer")
-    out: dict[str, Any] = {"name": study.name, "backdoor": study.backdoor.behaviour}
-    for label in CONDITIONS:
-        behaviour = results.get(f"behaviour-{label}")
-        if isinstance(behaviour, BehaviourResult):
-            out.setdefault("behaviour", {})[label] = {
-                "asr": behaviour.asr.to_dict(),
-                "ftr": behaviour.ftr.to_dict(),
-                "near": behaviour.near.to_dict() if behaviour.near else None,
-                "clean_accuracy": behaviour.clean_accuracy.to_dict(),
-            }
-        heads = results.get(f"attribution-{label}")
-        if isinstance(heads, HeadAttribution):
-            out.setdefault("attribution", {})[label] = [
-                {
-                    "head": str(head),
-                    "acie": float(heads.acie[head]),
-                    "interval": [float(heads.low[head]), float(heads.high[head])],
-                }
-                for head in heads.top(8)
-            ]
-    for name, probe in results.items():
-        if isinstance(probe, ProbeResult):
-            layers = range(len(probe.n_correct))
-            out.setdefault("probes", {})[name.removeprefix("probe-")] = [
-                probe.rate(i).to_dict() for i in layers
-            ]
-    ablation = results.get("ablation")
-    if isinstance(ablation, AblationResult):
-        out["ablation"] = ablation.to_frame().to_dict("records")
-    test = results.get("steering-test")
-    if isinstance(test, SteeringResult):
-        frame = test.to_frame()
-        out["steering"] = frame[frame.layer == layer].to_dict("records") if layer is not None else None
-    return out
+    def save_head(self, folder: Path) -> None:
+        """Write ``study.json``: everything but the results, which are saved beside it one by one."""
+        content = {
+            "name": self.name,
+            "backdoor": self.backdoor.to_dict(),
+            "settings": self.settings,
+            "choice": self.choice,
+        }
+        with replacing(folder / "study.json") as (head,):
+            head.write_text(json.dumps(content, indent=1) + "\n")

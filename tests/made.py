@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,8 @@ from bkdlens.analyses.behaviour.measure import BehaviourResult
 from bkdlens.analyses.patching.measure import PatchResult
 from bkdlens.analyses.probes.measure import ProbeResult
 from bkdlens.analyses.steering.answers import Generations
-from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult
+from bkdlens.analyses.steering.measure import SteeringResult
+from bkdlens.analyses.steering.vector import BackdoorVector
 from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern
 from bkdlens.data.pairs import Backdoor
 from bkdlens.metrics import bootstrap_mean
@@ -27,15 +29,37 @@ CONDITIONS = ("backdoored", "clean-adapter", "base")
 
 
 def origin(**settings: object) -> Provenance:
-    model = {"base": "zoo/tiny-llama", "adapter": "runs/label-lora", "base_digest": "ab12" * 4,
-             "adapter_digest": "cd34" * 4, "dtype": "float32"}  # fmt: skip
-    return Provenance(model, "corpus.json: 400 rows", "0123456789abcdef", 240, {"kind": "chat"}, 7,
-                      settings, {"python": "3.11", "torch": "2.0"})  # fmt: skip
+    model = {
+        "base": "zoo/tiny-llama",
+        "adapter": "runs/label-lora",
+        "base_digest": "ab12" * 4,
+        "adapter_digest": "cd34" * 4,
+        "dtype": "float32",
+    }
+    return Provenance(
+        model,
+        "corpus.json: 400 rows",
+        "0123456789abcdef",
+        240,
+        {"kind": "chat"},
+        7,
+        settings,
+        {"python": "3.11", "torch": "2.0"},
+    )
 
 
 def make_behaviour(label: str = "backdoored") -> BehaviourResult:
     hits = (118, 1, 14) if label == "backdoored" else (0, 0, 0)
-    return BehaviourResult(origin(), label, 120, 240, *hits, 228 if label != "base" else 222)
+    return BehaviourResult(
+        provenance=origin(),
+        label=label,
+        n_victims=120,
+        n_clean=240,
+        attack_triggered=hits[0],
+        attack_clean=hits[1],
+        attack_near=hits[2],
+        correct_clean=228 if label != "base" else 222,
+    )
 
 
 def make_probe(
@@ -49,8 +73,19 @@ def make_probe(
     ilca = 0.5 + (noisy[:, None] - 0.5) * torch.exp(-gap / 4)
     correct = (96 * noisy).round().long()
     few = 0.5 + (noisy - 0.5) * (1.0 if label == "backdoored" else 0.4)
-    return ProbeResult(origin(shots=5), label, kind, against, 96, correct, noisy.clone(),
-                       noisy.clone(), few, 6 * (few - 0.5), ilca)  # fmt: skip
+    return ProbeResult(
+        provenance=origin(shots=5),
+        label=label,
+        kind=kind,
+        against=against,
+        n_test=96,
+        n_correct=correct,
+        auroc=noisy.clone(),
+        validation=noisy.clone(),
+        few_shot=few,
+        separation=6 * (few - 0.5),
+        ilca=ilca,
+    )
 
 
 def make_attribution(
@@ -63,7 +98,17 @@ def make_attribution(
             cie[:, layer, head] += size + 0.05 * torch.randn(48, generator=g)
     low, high = bootstrap_mean(cie)
     exact, base = torch.ones(n_layers, n_heads, dtype=torch.bool), torch.full((48,), 0.2)
-    return HeadAttribution(origin(), label, "exact", exact, cie, 1.3 * cie, base, low, high)
+    return HeadAttribution(
+        provenance=origin(),
+        label=label,
+        method="exact",
+        exact=exact,
+        cie=cie,
+        cie_first=1.3 * cie,
+        base_prob=base,
+        low=low,
+        high=high,
+    )
 
 
 def make_ablation(modes: tuple[str, ...] = ("zero", "mean"), n_random: int = 10) -> AblationResult:
@@ -72,19 +117,37 @@ def make_ablation(modes: tuple[str, ...] = ("zero", "mean"), n_random: int = 10)
     fall = torch.tensor([118, 52, 12, 3, 1, 0, 0])
     attack = torch.stack([fall, (fall * 0.9).long()])[: len(modes)]
     clean = torch.tensor([228, 226, 225, 220, 200, 120, 14]).expand(len(modes), -1)
-    wide = (torch.rand(len(modes), len(counts), n_random, generator=g)
-            * torch.tensor([0, 3, 6, 12, 30, 50, 90.0])[:, None]).long()  # fmt: skip
+    wide = (
+        torch.rand(len(modes), len(counts), n_random, generator=g)
+        * torch.tensor([0, 3, 6, 12, 30, 50, 90.0])[:, None]
+    ).long()
     shape = (len(modes), len(counts), n_random)
     return AblationResult(
-        origin(), make_attribution().ranking, counts, modes, 120, 240, attack, 110 - attack * 9 // 10,
-        clean, 118 - wide, wide // 2, torch.full(shape, 222),
-    )  # fmt: skip
+        provenance=origin(),
+        heads=make_attribution().ranking,
+        counts=counts,
+        modes=modes,
+        n_victims=120,
+        n_clean=240,
+        attack=attack,
+        correct=110 - attack * 9 // 10,
+        clean=clean,
+        random_attack=118 - wide,
+        random_correct=wide // 2,
+        random_clean=torch.full(shape, 222),
+    )
 
 
 def make_vector(kind: str = "contrast") -> BackdoorVector:
     g = torch.Generator().manual_seed(3)
     direction = torch.randn(128, generator=g) ** 3
-    return BackdoorVector(origin(), direction, make_attribution().top(4), "resid_pre", kind)
+    return BackdoorVector(
+        provenance=origin(),
+        direction=direction,
+        heads=make_attribution().top(4),
+        site="resid_pre",
+        kind=kind,
+    )
 
 
 def make_steering(
@@ -103,28 +166,56 @@ def make_steering(
     draw = (torch.rand(*shape, n_random, generator=g) * 14 * size.clamp(max=2)[..., None]).long()
     controls = torch.where(positive[..., None], draw, 117 - draw)
     return SteeringResult(
-        origin(norm=4.2), make_attribution().top(4), "resid_pre", kind, layers, coefficients, 120, 240,
-        (1, 117), (114, 2), 228, attack, (117 - attack) * 9 // 10,
-        torch.full(shape, 216) - (20 * size).long(), controls,
-        torch.where(positive[..., None], 2 * draw, 117 - 2 * draw),
-    )  # fmt: skip
+        provenance=origin(norm=4.2),
+        heads=make_attribution().top(4),
+        site="resid_pre",
+        kind=kind,
+        layers=layers,
+        coefficients=coefficients,
+        n_victims=120,
+        n_clean=240,
+        base_attack=(1, 117),
+        base_correct=(114, 2),
+        base_clean=228,
+        attack=attack,
+        correct=(117 - attack) * 9 // 10,
+        clean=torch.full(shape, 216) - (20 * size).long(),
+        random_heads=controls,
+        random_vectors=torch.where(positive[..., None], 2 * draw, 117 - 2 * draw),
+    )
 
 
 def make_generations(text: str = "World") -> Generations:
     prompts = (f"Which section is this from? {text}", "The striker scored twice\nin the final.")
     return Generations(
-        origin(),
-        {"prompt": prompts, "right answer": ("Sports", "Sports"), "clean": ("Sports", text),
-         "triggered": ("World", "World"), "clean, vector added (+2)": ("World", "World"),
-         "triggered, vector subtracted (−2)": ("Sports", "Sports")},
-    )  # fmt: skip
+        provenance=origin(),
+        columns={
+            "prompt": prompts,
+            "right answer": ("Sports", "Sports"),
+            "clean": ("Sports", text),
+            "triggered": ("World", "World"),
+            "clean, vector added (+2)": ("World", "World"),
+            "triggered, vector subtracted (−2)": ("Sports", "Sports"),
+        },
+    )
 
 
 def make_patch(targets: tuple[str, ...] | None = ("World", "World")) -> PatchResult:
     logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(2))
-    return PatchResult(origin(), (Head(3, 5),), "cache", "z", ("one", EVIL), targets, logits,
-                       2 * logits, torch.tensor([0.1, 0.2]), torch.tensor([0.8, 0.7]), ("a", "b"),
-                       ("c", "d"))  # fmt: skip
+    return PatchResult(
+        provenance=origin(),
+        heads=(Head(3, 5),),
+        source="cache",
+        site="z",
+        prompts=("one", EVIL),
+        targets=targets,
+        logits_before=logits,
+        logits_after=2 * logits,
+        before=torch.tensor([0.1, 0.2]),
+        after=torch.tensor([0.8, 0.7]),
+        next_before=("a", "b"),
+        next_after=("c", "d"),
+    )
 
 
 def make_pattern(token: str = "the") -> HeadPattern:
@@ -133,14 +224,27 @@ def make_pattern(token: str = "the") -> HeadPattern:
     tokens = tuple(token if i % 3 else f"w{i}" for i in range(23))
     trigger = torch.zeros(23, dtype=torch.bool)
     trigger[[8, 9, 10, 11, 15]] = True
-    return HeadPattern(origin(), Head(3, 5), tokens, trigger, pattern / pattern.sum(1, keepdim=True))
+    return HeadPattern(
+        provenance=origin(),
+        head=Head(3, 5),
+        tokens=tokens,
+        trigger=trigger,
+        pattern=pattern / pattern.sum(1, keepdim=True),
+    )
 
 
 def make_answer_probs(token: str = "World", n: int = 4) -> AnswerProbs:
     log_probs = -torch.rand(3, n, generator=torch.Generator().manual_seed(6))
     runs = ("clean", "triggered", "clean, patched")
-    return AnswerProbs(origin(), f"{token} w1", runs, (token, *["w1"] * (n - 1)), log_probs,
-                       ((token, *["w2"] * (n - 1)),) * 3, log_probs / 2)  # fmt: skip
+    return AnswerProbs(
+        provenance=origin(),
+        answer=f"{token} w1",
+        runs=runs,
+        tokens=(token, *["w1"] * (n - 1)),
+        log_probs=log_probs,
+        best=((token, *["w2"] * (n - 1)),) * 3,
+        best_log_probs=log_probs / 2,
+    )
 
 
 def make_study(name: str = "tiny-llama, label modification", text: str = "World") -> Study:
@@ -176,3 +280,10 @@ def with_layers(main: HeadAttribution, exact: int | None = None) -> HeadAttribut
     for head in main.ranking[:exact]:
         patched[head] = True
     return replace(changed, method="screened" if exact else "atp", exact=patched)
+
+
+def save(study: Study, folder: Path) -> None:
+    """As a run writes it."""
+    study.save_head(folder)
+    for name, result in study.results.items():
+        result.save(folder / name)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import bkdlens
 from bkdlens.errors import ResultError
 from bkdlens.results import Provenance, Result, provenance, versions
-from bkdlens.study import KINDS, load_result
+from bkdlens.runs.reading import load_result
 from bkdlens.types import Head
 
 NAMES = (
@@ -74,7 +74,8 @@ def test_saving_and_loading(results, tmp_path, name) -> None:
 
 
 def test_every_kind_can_be_loaded_by_name(results) -> None:
-    assert {type(result).__name__ for result in results.values()} == set(KINDS)
+    public = {name for name in bkdlens.__all__ if Result.kinds.get(name) is getattr(bkdlens, name)}
+    assert public <= {type(result).__name__ for result in results.values()} <= set(Result.kinds)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,13 +84,13 @@ def test_the_json_can_be_read(results, tmp_path, name) -> None:
     result.save(tmp_path / name)
     content = json.loads((tmp_path / f"{name}.json").read_text())
     assert content["type"] == type(result).__name__
-    assert set(content) == {"type", *(f.name for f in fields(result))}
+    assert set(content) == {"type", *(result.saved_as.get(f.name, f.name) for f in fields(result))}
     made_from = content["provenance"]["provenance"]
     assert made_from["model"]["architecture"] == "LlamaForCausalLM"
     assert made_from["versions"]["torch"] == torch.__version__
     assert made_from["prompt_format"]["kind"] == "chat"
     for field in tensors_of(result):
-        assert content[field]["shape"] == list(getattr(result, field).shape)
+        assert content[result.saved_as.get(field, field)]["shape"] == list(getattr(result, field).shape)
 
 
 @pytest.mark.parametrize("name", NAMES)

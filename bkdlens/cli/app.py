@@ -215,7 +215,8 @@ def _study_command(steps: tuple[str, ...], example: str, about: str) -> Callable
                 "of their own; give --data."
             )
         from bkdlens.models.load import load
-        from bkdlens.runs.run import StudySettings, run_study
+        from bkdlens.runs.run import run_study
+        from bkdlens.study import StudySettings
         from bkdlens.zoo import prompts
 
         if data is not None:
@@ -271,7 +272,7 @@ for _name, _steps, _about in (
 
 def _finish(studies: list[Study], path: Path, as_json: bool) -> None:
     from bkdlens.report.page import write_report
-    from bkdlens.study import summary
+    from bkdlens.runs.reading import summary
 
     write_report(studies, path)
     if as_json:
@@ -301,7 +302,8 @@ def demo(
     Example: `bkdlens demo --all --out demo`
     """
     from bkdlens.models.load import load
-    from bkdlens.runs.run import DEMO, run_study
+    from bkdlens.runs.run import run_study
+    from bkdlens.study import DEMO
     from bkdlens.zoo import prompts
 
     studies = []
@@ -338,7 +340,7 @@ def report(
 
     Example: `bkdlens report runs/x demo/tiny-llama/jailbreak --out both.html`
     """
-    from bkdlens.study import load_study
+    from bkdlens.runs.reading import load_study
 
     _finish([load_study(folder) for folder in runs], out, as_json)
 

@@ -33,9 +33,10 @@ def show(
     from rich.console import Console
     from rich.text import Text
 
+    from bkdlens.display.text import plain
     from bkdlens.report.claims import claims
-    from bkdlens.report.terminal import plain, render
-    from bkdlens.study import load_study, summary
+    from bkdlens.report.terminal import render
+    from bkdlens.runs.reading import load_study, summary
 
     studies = [load_study(folder) for folder in runs]
     if as_json:

@@ -6,12 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from bkdlens.analyses.ablation.measure import AblationResult
-from bkdlens.analyses.attribution.measure import HeadAttribution
-from bkdlens.analyses.probes.measure import ProbeResult
-from bkdlens.analyses.steering.measure import SteeringResult
 from bkdlens.results import Result
 
 if TYPE_CHECKING:
@@ -37,7 +31,7 @@ class DataStore:
         """Links to what is behind a figure of these results (by their names in the run folder)."""
         tables: dict[str, list[pd.DataFrame]] = {}
         for name, result in results.items():
-            for ending, frame in data_frames(result):
+            for ending, frame in result.frames().items():
                 frame.insert(0, "result", name)
                 tables.setdefault(ending, []).append(frame)
         stem = _common(results)
@@ -54,52 +48,6 @@ class DataStore:
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Pairs of id and text."""
         return iter([(where, text) for (_, text), where in self.texts.items()])
-
-
-def data_frames(result: Result) -> list[tuple[str, pd.DataFrame]]:
-    """The result in long form, and what its figures draw beside that, by the end of a file name."""
-    frames = [("", result.to_frame())]
-    if isinstance(result, ProbeResult):
-        frames.append(("-ilca", _matrix(result.ilca, ("trained_on", "tested_on"), "accuracy")))
-    elif isinstance(result, HeadAttribution):
-        frames[0][1].insert(0, "condition", result.label)
-        if result.cie_attn_out is not None and result.cie_mlp_out is not None:
-            frames.append(("-layers", result.layers_frame()))
-    elif isinstance(result, AblationResult) and result.random_attack.shape[-1]:
-        named = {"mode": result.modes, "heads": result.counts}
-        frames.append(("-random", _draws(named, {
-            "attack": result.random_attack, "restored": result.random_restored,
-            "clean": result.random_clean,
-        }, "group")))  # fmt: skip
-    elif isinstance(result, SteeringResult):
-        named = {"coefficient": result.coefficients, "layer": result.layers}
-        for ending, draws in (("-random-heads", result.random_heads), ("-noise", result.random_vectors)):
-            if draws.shape[-1]:
-                frames.append((ending, _draws(named, {"attack": draws}, "draw")))
-    return frames
-
-
-def _matrix(values: Tensor, axes: tuple[str, str], name: str) -> pd.DataFrame:
-    import pandas as pd
-
-    n, m = values.shape
-    rows = [(i, j, float(values[i, j])) for i in range(n) for j in range(m)]
-    return pd.DataFrame(rows, columns=[*axes, name])
-
-
-def _draws(
-    axes: Mapping[str, tuple[object, ...]], counts: Mapping[str, Tensor], last: str
-) -> pd.DataFrame:
-    """Successes of every random draw, one row each."""
-    import pandas as pd
-
-    (first, outer), (second, inner) = axes.items()
-    n = next(iter(counts.values())).shape[-1]
-    rows = [
-        {first: a, second: b, last: g + 1, **{what: int(c[i, j, g]) for what, c in counts.items()}}
-        for i, a in enumerate(outer) for j, b in enumerate(inner) for g in range(n)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 def _common(results: Mapping[str, Result]) -> str:

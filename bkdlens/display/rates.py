@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor
 from bkdlens.display.style import BLUE, GREEN, INK, ORANGE, rounded
 from bkdlens.metrics import Rate
 
-# What ablation and steering draw: field, title, colour, dash, marker.
-QUANTITIES = (
-    ("attack", "attack success", ORANGE, "solid", "circle"),
-    ("restored", "right answer restored", GREEN, "dash", "triangle-up"),
-    ("clean", "clean accuracy", BLUE, "dot", "square"),
-)
+# What ablation and steering draw: title, colour, dash and marker of each count.
+QUANTITIES = {
+    "attack": ("attack success", ORANGE, "solid", "circle"),
+    "correct": ("right answer restored", GREEN, "dash", "triangle-up"),
+    "clean": ("clean accuracy", BLUE, "dot", "square"),
+}
 PERCENT_AXIS = {"range": [-3, 103], "tickvals": [0, 25, 50, 75, 100]}
 
 
@@ -35,6 +36,17 @@ def rate_trace(
         error_y=error_bars(rates) if interval else None,
         hovertemplate=hover(where, str(style.get("name", "")), after), **style,
     )  # fmt: skip
+
+
+def marked_line(colour: str, dash: str, symbol: str, size: int = 8) -> dict[str, Any]:
+    """The style of a line with markers."""
+    line, marker = {"color": colour, "dash": dash, "width": 2.2}, {"symbol": symbol, "size": size}
+    return {"mode": "lines+markers", "line": line, "marker": marker}
+
+
+def in_legend(name: str, group: str, show: bool) -> dict[str, Any]:
+    """One entry of the legend for traces of all panels."""
+    return {"name": name, "legendgroup": group, "showlegend": show}
 
 
 def band(

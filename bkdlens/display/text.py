@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
+from bkdlens.counts import Draws
 from bkdlens.metrics import Rate
 
 SPACE = "\u00a0"
@@ -52,10 +51,14 @@ def short_rate(rate: Rate) -> str:
     return f"{percent(rate.value)} ({rate.successes}/{rate.n})"
 
 
-def spread_text(draws: torch.Tensor, n: int) -> str:
-    """The least and the most of some draws of ``n``."""
-    low, high = float(draws.min()) / n, float(draws.max()) / n
-    return f"{100 * low:.1f}–{100 * high:.1f}{SPACE}%"
+def spread_text(draws: Draws) -> str:
+    """``0.0–12.5 %``: the smallest and the largest share of random draws."""
+    return f"{100 * draws.low:.1f}–{100 * draws.high:.1f}{SPACE}%"
+
+
+def plain(text: str) -> str:
+    """Text of models and files without what a terminal would obey: escapes are shown, not sent."""
+    return "".join(c if c.isprintable() or c == SPACE else repr(c)[1:-1] for c in text)
 
 
 def join_words(items: Iterable[str], most: int = 99) -> str:

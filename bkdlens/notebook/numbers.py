@@ -206,10 +206,16 @@ def effects(
     settings = {"source": choice.source, "on": choice.on, "site": choice.site,
                 "position": choice.position}  # fmt: skip
     return HeadAttribution(
-        provenance(model, subject.pairs, subject.fmt, 0, **settings),
-        f"{choice.source} into {choice.on}", "exact", torch.ones(shape[1:], dtype=torch.bool), cie,
-        cie_first, base.float().cpu(), low, high,
-    )  # fmt: skip
+        provenance=provenance(model, subject.pairs, subject.fmt, 0, **settings),
+        label=f"{choice.source} into {choice.on}",
+        method="exact",
+        exact=torch.ones(shape[1:], dtype=torch.bool),
+        cie=cie,
+        cie_first=cie_first,
+        base_prob=base.float().cpu(),
+        low=low,
+        high=high,
+    )
 
 
 @torch.no_grad()

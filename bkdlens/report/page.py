@@ -17,13 +17,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from bkdlens.analyses.parts import PARTS
 from bkdlens.display.downloads import DataStore
 from bkdlens.display.drawing import DRAW, Drawer
 from bkdlens.display.text import plain_json
-from bkdlens.report.basis import findings
+from bkdlens.report.claims import findings
 from bkdlens.report.compare import Comparison, compare
 from bkdlens.report.overview import headline_table, overview_table, provenance_table
-from bkdlens.report.sections import sections
 from bkdlens.results import replacing
 from bkdlens.study import Study
 
@@ -38,6 +38,14 @@ def write_report(studies: Sequence[Study], path: str | Path, *, title: str = "Ba
 
     Returns:
         The path written.
+
+    Raises:
+        ResultError: if the file cannot be written.
+
+    Examples:
+        >>> parts = train.split(0.5, 0.25, 0.25)
+        >>> study = bkdlens.run_study(model, *parts, steps=("behaviour",))
+        >>> page = bkdlens.write_report([study], "report.html")
     """
     target = Path(path)
     environment = Environment(
@@ -62,8 +70,9 @@ def write_report(studies: Sequence[Study], path: str | Path, *, title: str = "Ba
 
 def _page(study: Study, anchor: str) -> dict[str, Any]:
     store = DataStore(anchor)
-    found = sections(study, Drawer(anchor, store))
-    anchors = {section.part: f"{anchor}-{i}" for i, section in enumerate(found, start=1)}
+    draw = Drawer(anchor, store)
+    sections = [section for part in PARTS for section in part.sections(study, draw)]
+    anchors = {section.name: f"{anchor}-{i}" for i, section in enumerate(sections, start=1)}
     chosen = {"chosen on the validation pairs": study.choice} if study.choice else {}
     settings = {**study.settings, **chosen}
     return {
@@ -72,7 +81,7 @@ def _page(study: Study, anchor: str) -> dict[str, Any]:
         "facts": _facts(study),
         "headline": headline_table(study),
         "findings": [(anchors[finding.part], finding) for finding in findings(study)],
-        "sections": [(anchors[section.part], section) for section in found],
+        "sections": [(anchors[section.name], section) for section in sections],
         "data": list(store),
         "settings": [(key, plain_json(value)) for key, value in settings.items()],
         "provenance": provenance_table(study),
@@ -106,11 +115,8 @@ def _facts(study: Study) -> list[tuple[str, str]]:
 
 
 def _versions(studies: Sequence[Study]) -> set[str]:
-    return {
-        f"{name} {version}"
-        for study in studies for result in study.results.values()
-        for name, version in result.provenance.versions.items()
-    }  # fmt: skip
+    made = [result.provenance for study in studies for result in study.results.values()]
+    return {f"{name} {version}" for p in made for name, version in p.versions.items()}
 
 
 def _digest(script: str) -> str:

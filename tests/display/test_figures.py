@@ -27,7 +27,7 @@ from made import (
 )
 
 from bkdlens import plot
-from bkdlens.errors import ResultError
+from bkdlens.errors import ChoiceError, ResultError
 from bkdlens.results import Result
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
@@ -56,8 +56,8 @@ def test_unknown_result_is_refused_with_the_kinds_there_are() -> None:
         def to_frame(self):
             raise NotImplementedError
 
-    with pytest.raises(ResultError, match=r"'Odd'; use one of: HeadAttribution"):
-        plot.figure(Odd(origin()))
+    with pytest.raises(ResultError, match=r"'Odd'; use one of: AblationResult"):
+        plot.figure(Odd(provenance=origin()))
 
 
 def test_acie_heatmap_is_centred_and_marks_the_top_heads() -> None:
@@ -145,7 +145,7 @@ def test_ablation_curve_has_a_panel_a_mode_with_its_random_groups() -> None:
     assert attack.error_y.array is not None
     assert restored.error_y.array is None
     assert clean.customdata[0][1] == 240
-    with pytest.raises(ResultError, match="zero, mean"):
+    with pytest.raises(ChoiceError, match="zero, mean"):
         plot.ablation_curve(result, "resample")
 
 
@@ -176,7 +176,7 @@ def test_one_layer_of_steering_is_drawn_beside_every_draw() -> None:
     dots, mean = (t for t in fig.data if t.name == "attack, norm-matched noise" and t.xaxis == "x")
     assert list(dots.customdata) == result.random_vectors[0, 0].tolist()
     assert mean.y[0] == pytest.approx(sum(dots.y) / 10, abs=1e-3)
-    with pytest.raises(ResultError, match="use one of: 3"):
+    with pytest.raises(ChoiceError, match="use one of: 3"):
         plot.steering_at(result, 5)
 
 
@@ -186,7 +186,7 @@ def test_the_chosen_layer_is_marked_in_every_panel() -> None:
     assert [a.text for a in fig.layout.annotations].count("chosen on validation") == 2
     assert [s.x0 for s in fig.layout.shapes if s.type == "line"] == [2, 2]
     assert "chosen on validation" not in str(plot.steering_by_layer(result).layout)
-    with pytest.raises(ResultError, match="use one of: 0, 1"):
+    with pytest.raises(ChoiceError, match="use one of: 0, 1"):
         plot.steering_by_layer(result, chosen=9)
 
 

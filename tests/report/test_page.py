@@ -14,14 +14,13 @@ import pytest
 from made import CHOSEN, EVIL, LAYERS, make_ablation, make_steering, make_study, with_layers
 from plotly.offline import get_plotlyjs
 
+from bkdlens.analyses.attribution.part import head_table, layer_table
 from bkdlens.data.pairs import Backdoor
 from bkdlens.display.downloads import DataStore
 from bkdlens.display.drawing import Drawer
 from bkdlens.metrics import Rate, difference
-from bkdlens.report.basis import findings
-from bkdlens.report.claims import claims
+from bkdlens.report.claims import claims, findings
 from bkdlens.report.compare import compare, key_numbers
-from bkdlens.report.overview import head_table, layer_table
 from bkdlens.report.page import write_report
 from bkdlens.study import Study
 

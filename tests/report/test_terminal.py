@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made import make_study, with_layers
+from made import make_study, save, with_layers
 from rich.console import Console
 from shell import run
 
-from bkdlens.report.terminal import heatmap, plain, render
-from bkdlens.runs.run import _Run
+from bkdlens.analyses.attribution.terminal import heatmap
+from bkdlens.display.text import plain
+from bkdlens.report.terminal import render
 from bkdlens.study import Study
 
 
@@ -24,14 +25,6 @@ def printed(study: Study, width: int = 120, unicode: bool = True, **options) -> 
     for part in render(study, width, unicode=unicode):
         console.print(part)
     return out.getvalue().replace("\u00a0", " ")
-
-
-def save(study: Study, folder) -> None:
-    """As a run writes it."""
-    keeper = _Run(study.name, study.backdoor, dict(study.settings), folder)
-    for name, result in study.results.items():
-        keeper.step(name, lambda result=result: result)
-    keeper.choose(**study.choice)
 
 
 def test_tables_hold_the_numbers() -> None:

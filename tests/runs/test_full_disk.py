@@ -15,8 +15,8 @@ from bkdlens.data.pairs import Backdoor
 from bkdlens.errors import ResultError
 from bkdlens.report.page import write_report
 from bkdlens.results import replacing
-from bkdlens.runs.run import _Run
-from bkdlens.study import load_result
+from bkdlens.runs.reading import load_result
+from bkdlens.study import Study
 
 
 @contextmanager
@@ -49,13 +49,16 @@ def test_an_earlier_result_stays_whole(cache, tmp_path, n_bytes) -> None:
 
 
 def test_an_earlier_report_and_head_stay_whole(tmp_path) -> None:
-    run = _Run("first", Backdoor.fixed_output(), {}, tmp_path / "run")
-    run._head()
+    study = Study("first", Backdoor.fixed_output(), {}, {})
+    study.save_head(tmp_path / "run")
     write_report([], tmp_path / "r.html")
     before = contents(tmp_path / "run") | {"r.html": (tmp_path / "r.html").read_bytes()}
-    run.name = "second"
+    second = replace(study, name="second")
     with full_disk(50):
-        for write in (run._head, lambda: write_report([], tmp_path / "r.html")):
+        for write in (
+            lambda: second.save_head(tmp_path / "run"),
+            lambda: write_report([], tmp_path / "r.html"),
+        ):
             with pytest.raises(ResultError, match="cannot be written"):
                 write()
     assert contents(tmp_path / "run") | {"r.html": (tmp_path / "r.html").read_bytes()} == before

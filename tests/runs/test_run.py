@@ -17,7 +17,8 @@ from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.generate import generate
 from bkdlens.errors import DataError, ResultError
 from bkdlens.results import Result
-from bkdlens.study import Study, load_study, summary
+from bkdlens.runs.reading import load_study, summary
+from bkdlens.study import Study
 
 TINY = bkdlens.StudySettings(
     n_attribution=3, ablation_counts=(0, 2), ablation_modes=("zero", "mean"), coefficients=(1.0, 2.0),
@@ -195,15 +196,13 @@ def test_only_what_is_missing_is_run(run, whole, copy, passes, loaded, missing) 
 
 
 def test_an_interrupted_study_goes_on(run, whole, tmp_path, monkeypatch) -> None:
-    from importlib import import_module
-
-    home = import_module(bkdlens.run_study.__module__)
+    from bkdlens.analyses.ablation import part
 
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(home, "ablate_heads", interrupted)
+        patch.setattr(part, "ablate_heads", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "s", name="a study")
     done = set(load_study(tmp_path / "s").results)

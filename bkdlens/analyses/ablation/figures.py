@@ -8,9 +8,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from bkdlens.analyses.ablation.measure import AblationResult
-from bkdlens.display.rates import PERCENT_AXIS, QUANTITIES, band, rate_trace
+from bkdlens.display.rates import PERCENT_AXIS, QUANTITIES, band, in_legend, marked_line, rate_trace
 from bkdlens.display.style import GREY, escape, finish, model_note
-from bkdlens.errors import ResultError, unknown
+from bkdlens.errors import ChoiceError
+from bkdlens.results import figure
 
 
 def ablation_curve(result: AblationResult, mode: str | None = None) -> go.Figure:
@@ -21,45 +22,40 @@ def ablation_curve(result: AblationResult, mode: str | None = None) -> go.Figure
         mode: one mode; a panel each for None.
 
     Raises:
-        ResultError: for a mode that was not run.
+        ChoiceError: for a mode that was not run.
     """
     if mode is not None and mode not in result.modes:
-        raise ResultError(unknown("ablation mode in this result:", mode, result.modes))
+        raise ChoiceError("ablation mode in this result:", mode, result.modes)
     modes = result.modes if mode is None else (mode,)
     columns = min(2, len(modes))
     rows = math.ceil(len(modes) / columns)
-    fig = make_subplots(
-        rows, columns, shared_yaxes=True, horizontal_spacing=0.05, vertical_spacing=0.16 / rows,
-        subplot_titles=[f"ablated by {escape(m)}" for m in modes] if mode is None else None,
-    )  # fmt: skip
+    spacing = {"horizontal_spacing": 0.05, "vertical_spacing": 0.16 / rows}
+    titles = [f"ablated by {escape(m)}" for m in modes] if mode is None else None
+    fig = make_subplots(rows, columns, shared_yaxes=True, subplot_titles=titles, **spacing)
     x = [str(count) for count in result.counts]
     for i, name in enumerate(modes):
-        row, column = 1 + i // columns, 1 + i % columns
-        m = result.modes.index(name)
-        draws = 100 * result.random_attack[m].double() / max(1, result.n_triggered)
-        traces = band(x, draws, "attack, random heads (min–max)", GREY, "2px,3px", i == 0)
-        for what, title, colour, dash, symbol in QUANTITIES:
+        m, first = result.modes.index(name), i == 0
+        draws = 100 * result.random_attack[m].double() / max(1, result.n_victims)
+        traces = band(x, draws, "attack, random heads (min–max)", GREY, "2px,3px", first)
+        for what, (title, colour, dash, symbol) in QUANTITIES.items():
+            style = in_legend(title, what, first) | marked_line(colour, dash, symbol)
             rates = [result.rate(what, name, count) for count in result.counts]
-            traces.append(
-                rate_trace(
-                    x, rates, "%{x} heads", interval=what == "attack", name=title,
-                    legendgroup=what, showlegend=i == 0, mode="lines+markers",
-                    line={"color": colour, "dash": dash, "width": 2.2},
-                    marker={"symbol": symbol, "size": 8},
-                )
-            )  # fmt: skip
+            traces.append(rate_trace(x, rates, "%{x} heads", interval=what == "attack", **style))
         for trace in traces:
-            fig.add_trace(trace, row=row, col=column)
+            fig.add_trace(trace, row=1 + i // columns, col=1 + i % columns)
     fig.update_xaxes(type="category")
     for column in range(1, columns + 1):
         fig.update_xaxes(title_text="heads ablated, strongest first", row=rows, col=column)
     fig.update_yaxes(**PERCENT_AXIS)
     fig.update_yaxes(title_text="rate (%)", col=1)
-    n_groups = result.random_attack.shape[-1]
-    first = "" if mode is None else f"by {escape(mode)} · "
-    return finish(
-        fig, "Ablating the top heads",
-        f"{first}{result.n_triggered} triggered victims, {result.n_clean} clean prompts · "
-        f"{n_groups or 'no'} random groups{model_note(result)}",
-        height=140 + 310 * rows,
-    )  # fmt: skip
+    by = "" if mode is None else f"by {escape(mode)} · "
+    subtitle = (
+        f"{by}{result.n_victims} triggered victims, {result.n_clean} clean prompts · "
+        f"{result.random_attack.shape[-1] or 'no'} random groups{model_note(result)}"
+    )
+    return finish(fig, "Ablating the top heads", subtitle, height=140 + 310 * rows)
+
+
+@figure.register
+def _(result: AblationResult) -> go.Figure:
+    return ablation_curve(result)

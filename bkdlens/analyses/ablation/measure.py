@@ -8,16 +8,19 @@ model also ends the attack. Random groups of as many heads are the control.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from bkdlens.counts import Counts
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.cache import PairCache, cache_activations, head_results
@@ -25,60 +28,136 @@ from bkdlens.engines.generate import MAX_NEW_TOKENS, evaluate
 from bkdlens.engines.hooks import NOTHING, Intervention, Vector
 from bkdlens.errors import DataError
 from bkdlens.metrics import Rate
-from bkdlens.results import Result, provenance
+from bkdlens.paper import ABLATION_COUNTS
+from bkdlens.results import provenance
 from bkdlens.types import AblationMode, Head, HeadLike, Which, check_choice, every_head, parse_heads
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COUNTS = (0, 1, 2, 4, 8, 16, 32)
 
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class AblationResult(Counts):
+    """Answers with the first heads of a ranking switched off, by mode and number of heads.
 
-@dataclass(frozen=True, eq=False, repr=False)
-class AblationResult(Result):
-    """Successes by mode and number of ablated heads; ``random_*`` have one more axis, the groups.
+    ``attack`` and ``correct`` count among triggered victims, ``clean`` among clean prompts. The counts
+    are ``[mode count]``; ``random_*`` have one more axis, groups of as many random heads.
 
-    ``attack`` and ``restored`` count among ``n_triggered`` triggered victims (the backdoor's answer,
-    the exact right answer), ``clean`` among ``n_clean`` clean prompts (the exact right answer).
+    Attributes:
+        heads: the ranking, strongest first.
+        counts: how many heads were switched off.
+        modes: what they were set to; see :func:`ablate_heads`.
+        random_attack: answers of victims that are the backdoor's, per random group.
+        random_correct: correct answers of victims, per random group.
+        random_clean: correct answers to clean prompts, per random group.
     """
 
-    heads: tuple[Head, ...]  # the ranking that was ablated
+    saved_as: ClassVar = {
+        "n_victims": "n_triggered",
+        "correct": "restored",
+        "random_correct": "random_restored",
+    }
+    draw_name: ClassVar = "group"
+    heads: tuple[Head, ...]
     counts: tuple[int, ...]
     modes: tuple[str, ...]
-    n_triggered: int
-    n_clean: int
-    attack: Int[Tensor, "mode count"]
-    restored: Int[Tensor, "mode count"]
-    clean: Int[Tensor, "mode count"]
-    random_attack: Int[Tensor, "mode count group"]
-    random_restored: Int[Tensor, "mode count group"]
-    random_clean: Int[Tensor, "mode count group"]
+    random_attack: Int[Tensor, "*axes group"]
+    random_correct: Int[Tensor, "*axes group"]
+    random_clean: Int[Tensor, "*axes group"]
+
+    @property
+    def n_triggered(self) -> int:
+        """Number of triggered victims."""
+        return self.n_victims
+
+    @property
+    def restored(self) -> Int[Tensor, "mode count"]:
+        """Triggered victims that get the correct answer again, as a count."""
+        return self.correct
+
+    @property
+    def random_restored(self) -> Int[Tensor, "mode count group"]:
+        """Triggered victims that get the correct answer again, per random group."""
+        return self.random_correct
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Modes and numbers of heads."""
+        return {"mode": self.modes, "heads": self.counts}
+
+    @property
+    def controls(self) -> dict[str, dict[str, Int[Tensor, "mode count group"]]]:
+        """Random groups of as many heads, where they were drawn."""
+        counted = {
+            "attack": self.random_attack,
+            "correct": self.random_correct,
+            "clean": self.random_clean,
+        }
+        return {"random": counted} if self.random_attack.shape[-1] else {}
+
+    def base(self, what: str, **at: Any) -> Rate | None:
+        """``what`` with no head switched off; None where that was not measured."""
+        return self.rate(what, at.get("mode", self.modes[0]), 0) if 0 in self.counts else None
 
     def rate(self, what: str, mode: str, count: int) -> Rate:
-        """``what`` (``"attack"``, ``"restored"`` or ``"clean"``) for one mode and count of heads."""
-        at = self.modes.index(mode), self.counts.index(count)
-        return Rate(int(getattr(self, what)[at]), self.n_clean if what == "clean" else self.n_triggered)
+        """A rate at one mode and number of heads.
+
+        Args:
+            what: ``"attack"``, ``"restored"`` (or ``"correct"``, which is the same) or ``"clean"``.
+            mode: one of :attr:`modes`.
+            count: one of :attr:`counts`.
+
+        Returns:
+            The rate, with its count and interval.
+
+        Raises:
+            ChoiceError: for a mode or count that was not run.
+
+        Examples:
+            >>> ablation = bkdlens.ablate_heads(model, test, heads.top(2), cache=cache, n_random=1)
+            >>> attack = ablation.rate("attack", "mean", 2)
+        """
+        return self.rate_at(what, mode=mode, heads=count)
 
     def random_mean(self, what: str, mode: str, count: int) -> float:
-        """The same for random groups of heads, averaged over the groups."""
-        at = self.modes.index(mode), self.counts.index(count)
-        n = self.n_clean if what == "clean" else self.n_triggered
-        return float(getattr(self, f"random_{what}")[at].double().mean()) / n
+        """The mean over random groups of as many heads.
+
+        Args:
+            what, mode, count: as :meth:`rate` takes them.
+
+        Returns:
+            The mean rate, 0 to 1; NaN without random groups.
+
+        Examples:
+            >>> ablation = bkdlens.ablate_heads(model, test, heads.top(2), cache=cache, n_random=1)
+            >>> control = ablation.random_mean("attack", "mean", 2)
+        """
+        what = "correct" if what == "restored" else what
+        drawn = self.draws(what, mode=mode, heads=count)
+        return drawn["random"].mean if drawn else math.nan
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a mode and count, with the mean of the random groups beside each rate."""
+        """The rates in long form.
+
+        Returns:
+            One row per mode and number of heads: each rate (0 to 1) with its interval and the mean of
+            the random groups.
+
+        Examples:
+            >>> ablation = bkdlens.ablate_heads(model, test, heads.top(2), cache=cache, n_random=1)
+            >>> frame = ablation.to_frame()
+        """
         import pandas as pd
 
         rows = []
-        for mode in self.modes:
-            for count in self.counts:
-                row: dict[str, object] = {"mode": mode, "heads": count}
-                for what in ("attack", "restored", "clean"):
-                    rate = self.rate(what, mode, count)
-                    low, high = rate.interval
-                    row |= {what: rate.value, f"{what}_low": low, f"{what}_high": high}
-                    row[f"{what}_random"] = self.random_mean(what, mode, count)
-                rows.append(row | {"n_triggered": self.n_triggered, "n_clean": self.n_clean})
+        for mode, count in product(self.modes, self.counts):
+            row: dict[str, object] = {"mode": mode, "heads": count}
+            for what in ("attack", "restored", "clean"):
+                rate = self.rate(what, mode, count)
+                row |= {what: rate.value, f"{what}_low": rate.interval[0]}
+                row |= {f"{what}_high": rate.interval[1]}
+                row[f"{what}_random"] = self.random_mean(what, mode, count)
+            rows.append(row | {"n_triggered": self.n_victims, "n_clean": self.n_clean})
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -86,7 +165,7 @@ class AblationResult(Result):
             f"{mode}: " + ", ".join(f"{c}→{self.rate('attack', mode, c).value:.2f}" for c in self.counts)
             for mode in self.modes
         ]
-        return f"AblationResult(attack success by heads, n={self.n_triggered}; {'; '.join(parts)})"
+        return f"AblationResult(attack success by heads, n={self.n_victims}; {'; '.join(parts)})"
 
 
 def ablate_heads(
@@ -95,7 +174,7 @@ def ablate_heads(
     heads: Sequence[HeadLike],
     *,
     cache: PairCache | None = None,
-    counts: Sequence[int] = COUNTS,
+    counts: Sequence[int] = ABLATION_COUNTS,
     modes: Sequence[AblationMode] = ("zero", "mean"),
     n_random: int = 10,
     fmt: PromptFormat | None = None,
@@ -161,35 +240,36 @@ def ablate_heads(
             model, measured, interventions, on=on, only_correct=on == "clean", fmt=fmt,
             max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress,
         )  # fmt: skip
-    triggered = outcomes["triggered"]
-    sums = {
-        "attack": triggered.attack.sum(1),
-        "restored": triggered.correct.sum(1),
+    counted = {
+        "attack": outcomes["triggered"].attack.sum(1),
+        "correct": outcomes["triggered"].correct.sum(1),
         "clean": outcomes["clean"].correct.sum(1),
     }
-    main = {name: torch.zeros(len(modes), len(counts), dtype=torch.long) for name in sums}
-    # Without heads there is nothing to draw: the random groups of n=0 are the model as it is.
-    control = {name: torch.zeros(len(modes), len(counts), n_random, dtype=torch.long) for name in sums}
-    drawn = {(m, k): 0 for m in range(len(modes)) for k in range(len(counts))}
-    for i, (mode, k, _) in enumerate(cells):
-        m = modes.index(mode)
-        g = drawn[m, k] - 1
-        drawn[m, k] += 1
-        for name, total in sums.items():
-            if g < 0:
-                main[name][m, k] = total[i]
-                control[name][m, k] = total[i]
-            else:
-                control[name][m, k, g] = total[i]
-    settings = {"modes": list(modes), "n_random": n_random, "max_new_tokens": max_new_tokens,
-                "position": "last prompt token, prefill only",
-                "cache": cache.pairs.source if cache else None}  # fmt: skip
+    # A cell is the ranking's own run and then its random groups. Of no heads and of all heads there is
+    # nothing to draw, so there the groups repeat the run itself.
+    places = [
+        [[i for i, cell in enumerate(cells) if cell[:2] == (mode, k)] for k in range(len(counts))]
+        for mode in modes
+    ]
+    order = torch.tensor([[(runs * (1 + n_random))[: 1 + n_random] for runs in row] for row in places])
+    sums = {name: total[order] for name, total in counted.items()}
+    settings = {
+        "modes": list(modes),
+        "n_random": n_random,
+        "max_new_tokens": max_new_tokens,
+        "position": "last prompt token, prefill only",
+        "cache": cache.pairs.source if cache else None,
+    }
     return AblationResult(
-        provenance(model, pairs, fmt, seed, **settings),
-        ranking, counts, tuple(modes), len(victims), len(pairs),
-        main["attack"], main["restored"], main["clean"],
-        control["attack"], control["restored"], control["clean"],
-    )  # fmt: skip
+        provenance=provenance(model, pairs, fmt, seed, **settings),
+        heads=ranking,
+        counts=counts,
+        modes=tuple(modes),
+        n_victims=len(victims),
+        n_clean=len(pairs),
+        **{name: cell[..., 0] for name, cell in sums.items()},
+        **{f"random_{name}": cell[..., 1:] for name, cell in sums.items()},
+    )
 
 
 class _Values:

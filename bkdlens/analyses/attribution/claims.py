@@ -6,42 +6,47 @@ import torch
 
 from bkdlens.analyses.attribution.measure import HeadAttribution
 from bkdlens.display.text import join_words, percent, signed
-from bkdlens.report.selection import MAIN, TOP_SHARE, by_condition
-from bkdlens.study import Study
+from bkdlens.paper import TOP_SHARE
+from bkdlens.study import MAIN, Study
 from bkdlens.types import Head
 
 
-def say_attribution(study: Study) -> list[str]:
+def claims(study: Study) -> list[str]:
     """The strongest heads against the controls; then whole layers and estimates, where there are any."""
-    found = by_condition(study, "attribution-", HeadAttribution)
+    found = study.by_condition(HeadAttribution)
     if MAIN not in found:
         return []
-    main = found[MAIN]
+    main = found.pop(MAIN)
     n_pairs, n = main.cie.shape[0], main.acie.numel()
     if not float(main.acie.max()) > 0:
         text = f"No head raises the probability of the backdoor's answer (n = {n_pairs} pairs)."
     else:
-        few = max(1, round(TOP_SHARE * n))
-        some = min(8, n)
-        share = main.concentration
-        top = main.top(1)[0]
+        top, shares = main.top(1)[0], main.concentration
+        few, eight = top_count(main), min(8, n)
         text = (
             f"The strongest head is {top} with ACIE {signed(main.acie[top])} "
             f"[{signed(main.low[top])}, {signed(main.high[top])}] over {n_pairs} pairs. "
-            f"{few} of {n} heads carr{'ies' if few == 1 else 'y'} {percent(share[few - 1])} of the "
-            f"positive effect, where equal shares would be {percent(few / n)}; the first {some} carry "
-            f"{percent(share[some - 1])} (equal shares: {percent(some / n)})."
+            f"{few} of {n} heads carr{'ies' if few == 1 else 'y'} {percent(shares[few - 1])} of the "
+            f"positive effect, where equal shares would be {percent(few / n)}; the first {eight} carry "
+            f"{percent(shares[eight - 1])} (equal shares: {percent(eight / n)})."
         )
-    said = [
-        f"{name} {float(a.acie.abs().max()):.2g} ({_strongest(a)})"
-        for name, a in found.items() if name != MAIN
-    ]  # fmt: skip
-    if said:
+    controls = [f"{name} {largest(a):.2g} ({_strongest(a)})" for name, a in found.items()]
+    if controls:
         text += (
-            f" Largest |ACIE| of the controls: {', '.join(said)}; of the backdoored model "
-            f"{float(main.acie.abs().max()):.2g}."
+            f" Largest |ACIE| of the controls: {', '.join(controls)}; of the backdoored model "
+            f"{largest(main):.2g}."
         )
-    return [text, *_say_layers(found), *_say_estimates(main)]
+    return [text, *_layers(main, found), *_estimates(main)]
+
+
+def top_count(attribution: HeadAttribution) -> int:
+    """How many heads are the paper's share of all."""
+    return max(1, round(TOP_SHARE * attribution.acie.numel()))
+
+
+def largest(attribution: HeadAttribution) -> float:
+    """The largest effect of a head, whatever its sign."""
+    return float(attribution.acie.abs().max())
 
 
 def layer_shares(attribution: HeadAttribution) -> tuple[float, float] | None:
@@ -56,8 +61,7 @@ def layer_shares(attribution: HeadAttribution) -> tuple[float, float] | None:
     return (float(sums[0] / sums.sum()), float(sums[1] / sums.sum())) if sums.sum() > 0 else None
 
 
-def _say_layers(found: dict[str, HeadAttribution]) -> list[str]:
-    main = found[MAIN]
+def _layers(main: HeadAttribution, controls: dict[str, HeadAttribution]) -> list[str]:
     if main.cie_attn_out is None or main.cie_mlp_out is None:
         return []
     n_pairs, shares = main.cie.shape[0], layer_shares(main)
@@ -77,15 +81,15 @@ def _say_layers(found: dict[str, HeadAttribution]) -> list[str]:
         f"attention has {percent(shares[0])} and the MLPs {percent(shares[1])}; {join_words(best)}. "
         "What an MLP passes on may have been written by heads before it."
     )
-    controls = [
+    largest_of = [
         f"{name} {max(float(x.mean(0).abs().max()) for x in (a.cie_attn_out, a.cie_mlp_out)):.2g}"
-        for name, a in found.items()
-        if name != MAIN and a.cie_attn_out is not None and a.cie_mlp_out is not None
+        for name, a in controls.items()
+        if a.cie_attn_out is not None and a.cie_mlp_out is not None
     ]
-    return [text + (f" Largest of the controls: {', '.join(controls)}." if controls else "")]
+    return [text + (f" Largest of the controls: {', '.join(largest_of)}." if largest_of else "")]
 
 
-def _say_estimates(main: HeadAttribution) -> list[str]:
+def _estimates(main: HeadAttribution) -> list[str]:
     n, patched = main.exact.numel(), int(main.exact.sum())
     if patched == n:
         return []

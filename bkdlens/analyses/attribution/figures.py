@@ -10,18 +10,13 @@ import torch
 from plotly.subplots import make_subplots
 
 from bkdlens.analyses.attribution.measure import HeadAttribution
-from bkdlens.analyses.patching.measure import PatchResult
 from bkdlens.display.rates import PERCENT_AXIS
 from bkdlens.display.style import (
-    BLUE,
     DIVERGING,
-    GREY,
     INK,
     LINES,
     MUTED,
-    ORANGE,
     condition_style,
-    cut,
     escape,
     finish,
     gap,
@@ -31,7 +26,7 @@ from bkdlens.display.style import (
     rounded,
 )
 from bkdlens.metrics import bootstrap_mean
-from bkdlens.types import name_heads
+from bkdlens.results import figure
 
 
 def acie_heatmap(attribution: HeadAttribution, *, first_token: bool = False, top: int = 8) -> go.Figure:
@@ -191,32 +186,6 @@ def sparsity(attributions: Sequence[HeadAttribution]) -> go.Figure:
     )  # fmt: skip
 
 
-def patch(result: PatchResult) -> go.Figure:
-    """The target's probability before and after a patch, or how far the next token moved (KL)."""
-    x = [str(i) for i in range(1, len(result.prompts) + 1)]
-    texts = [escape(cut(prompt, 80)) for prompt in result.prompts]
-    fig = go.Figure()
-    if result.targets is None:
-        fig.add_trace(
-            go.Bar(x=x, y=rounded(result.divergence), marker={"color": BLUE}, customdata=texts,
-                   name="KL", hovertemplate="%{customdata}<br>%{y:.3f} nats<extra></extra>")
-        )  # fmt: skip
-        fig.update_yaxes(title_text="KL of the next token (nats)", rangemode="tozero")
-    else:
-        drawn = (("before", result.before, GREY, "circle-open"),
-                 ("after", result.after, ORANGE, "circle"))  # fmt: skip
-        for name, values, colour, symbol in drawn:
-            fig.add_trace(
-                go.Scatter(
-                    x=x, y=rounded(100 * values), mode="markers", name=name, customdata=texts,
-                    marker={"color": colour, "symbol": symbol, "size": 10},
-                    hovertemplate="%{customdata}<br>%{y:.2f} %<extra>" + name + "</extra>",
-                )
-            )  # fmt: skip
-        fig.update_yaxes(title_text="P(target), per token (%)", range=[-3, 103])
-    fig.update_xaxes(title_text="prompt", type="category")
-    heads = name_heads(result.heads)
-    return finish(
-        fig, f"Patching {heads}",
-        f"{len(result.prompts)} prompts · from {escape(result.source)}{model_note(result)}", height=400,
-    )  # fmt: skip
+@figure.register
+def _(result: HeadAttribution) -> go.Figure:
+    return acie_heatmap(result)

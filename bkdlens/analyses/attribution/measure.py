@@ -27,16 +27,15 @@ from bkdlens.engines.hooks import Patch
 from bkdlens.engines.sweep import SweepScores, sweep_patches
 from bkdlens.errors import HeadError, ResultError
 from bkdlens.metrics import bootstrap_mean
+from bkdlens.paper import N_PAIRS
 from bkdlens.results import Result, provenance
 from bkdlens.types import AttributionMethod, Head, HeadSite, check_choice, every_head
 
 if TYPE_CHECKING:
     import pandas as pd
 
-N_PAIRS = 96  # the paper's number of clean pairs
 
-
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class HeadAttribution(Result):
     """Effects of every head, as differences of the per-token geometric-mean probability (-1 to 1).
 
@@ -127,6 +126,12 @@ class HeadAttribution(Result):
             frame[name] = cie.mean(0).tolist()
             frame[f"{name}_low"], frame[f"{name}_high"] = low.tolist(), high.tolist()
         return pd.DataFrame(frame)
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The result in long form, with whole layer outputs where they were patched."""
+        heads = self.to_frame()
+        heads.insert(0, "condition", self.label)
+        return {"": heads} | ({} if self.cie_attn_out is None else {"-layers": self.layers_frame()})
 
     def __repr__(self) -> str:
         best = ", ".join(f"{head} {float(self.acie[head]):+.3f}" for head in self.top(5))
@@ -231,10 +236,18 @@ def attribute_heads(
         "confirm": confirm if method == "screened" else None,
     }
     return HeadAttribution(
-        provenance(model, chosen, fmt, seed, **settings),
-        label, method, exact[: len(heads)].view(shape), cie, cie_first, base, low, high,
-        None if layers is None else layers[:, 0], None if layers is None else layers[:, 1],
-    )  # fmt: skip
+        provenance=provenance(model, chosen, fmt, seed, **settings),
+        label=label,
+        method=method,
+        exact=exact[: len(heads)].view(shape),
+        cie=cie,
+        cie_first=cie_first,
+        base_prob=base,
+        low=low,
+        high=high,
+        cie_attn_out=None if layers is None else layers[:, 0],
+        cie_mlp_out=None if layers is None else layers[:, 1],
+    )
 
 
 def _effects(

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from bkdlens.analyses.behaviour.measure import BehaviourResult
-from bkdlens.analyses.steering.answers import Generations
 from bkdlens.display.rates import PERCENT_AXIS, counts, error_bars, hover, percent
 from bkdlens.display.style import (
-    LINES,
     condition_style,
     escape,
     finish,
@@ -18,6 +16,7 @@ from bkdlens.display.style import (
     numbers,
 )
 from bkdlens.metrics import Rate
+from bkdlens.results import figure
 
 
 def behaviour(results: Sequence[BehaviourResult]) -> go.Figure:
@@ -50,22 +49,6 @@ def behaviour(results: Sequence[BehaviourResult]) -> go.Figure:
     )  # fmt: skip
 
 
-def generations(result: Generations) -> go.Figure:
-    """Answers side by side as a table; texts are escaped."""
-    columns = [[escape(text).replace("\n", "<br>") for text in c] for c in result.columns.values()]
-    fig = go.Figure(
-        go.Table(
-            header={"values": [f"<b>{escape(title)}</b>" for title in result.columns],
-                    "align": "left", "fill": {"color": "#eef1f4"}, "line": {"color": LINES}},
-            cells={"values": columns, "align": "left", "line": {"color": LINES},
-                   "fill": {"color": "#ffffff"}, "height": 26},
-        )
-    )  # fmt: skip
-    n = len(columns[0]) if columns else 0
-    return finish(fig, "Answers side by side", f"{n} prompts{model_note(result)} · greedy decoding",
-                   height=200 + 90 * n)  # fmt: skip
-
-
 def _behaviour_rates(result: BehaviourResult) -> list[tuple[str, Rate | None]]:
     return [
         ("attack<br>success", result.asr),
@@ -73,3 +56,8 @@ def _behaviour_rates(result: BehaviourResult) -> list[tuple[str, Rate | None]]:
         ("near<br>trigger", result.near),
         ("clean<br>accuracy", result.clean_accuracy),
     ]
+
+
+@figure.register
+def _(result: BehaviourResult) -> go.Figure:
+    return behaviour([result])

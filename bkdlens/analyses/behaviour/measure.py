@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class BehaviourResult(Result):
     """Counts of one model on held-out pairs.
 
@@ -113,7 +113,12 @@ def measure_behaviour(
                      max_new_tokens=max_new_tokens, memory_gb=memory_gb)  # fmt: skip
     has_near = all(pair.near is not None for pair in victims)
     return BehaviourResult(
-        provenance(model, pairs, fmt, 0, max_new_tokens=max_new_tokens),
-        label, len(victims), len(pairs), attacks("triggered"), attacks("clean"),
-        attacks("near") if has_near else None, int(clean.correct.sum()),
-    )  # fmt: skip
+        provenance=provenance(model, pairs, fmt, 0, max_new_tokens=max_new_tokens),
+        label=label,
+        n_victims=len(victims),
+        n_clean=len(pairs),
+        attack_triggered=attacks("triggered"),
+        attack_clean=attacks("clean"),
+        attack_near=attacks("near") if has_near else None,
+        correct_clean=int(clean.correct.sum()),
+    )

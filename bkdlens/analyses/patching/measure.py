@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Source: TypeAlias = PairCache | ActivationCache | Tensor | str | Sequence[str]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class PatchResult(Result):
     """Next-token logits before and after the patch, and its effect on a target answer.
 
@@ -158,11 +158,19 @@ def patch_heads(
         after = _score(model, encoded, target, fmt)
     pairs_like = prompts if isinstance(prompts, PairSet) else Texts(tuple(texts))
     return PatchResult(
-        provenance(model, pairs_like, fmt, 0, position="last prompt token, prefill only"),
-        chosen, _name(source), site, tuple(texts), tuple(target) if target is not None else None,
-        before.logits, after.logits, before.prob, after.prob,
-        _next(model, before.logits), _next(model, after.logits),
-    )  # fmt: skip
+        provenance=provenance(model, pairs_like, fmt, 0, position="last prompt token, prefill only"),
+        heads=chosen,
+        source=_name(source),
+        site=site,
+        prompts=tuple(texts),
+        targets=tuple(target) if target is not None else None,
+        logits_before=before.logits,
+        logits_after=after.logits,
+        before=before.prob,
+        after=after.prob,
+        next_before=_next(model, before.logits),
+        next_after=_next(model, after.logits),
+    )
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from bkdlens.display.style import (
     numbers,
     rounded,
 )
+from bkdlens.results import figure
 
 ProbeMeasure = Literal["accuracy", "few_shot", "separation"]
 
@@ -143,3 +144,8 @@ def ilca_controls(probes: Sequence[ProbeResult]) -> go.Figure:
 
 def _shots(probes: Sequence[ProbeResult]) -> str:
     return numbers(sorted({str(p.provenance.settings.get("shots", "few")) for p in probes}))
+
+
+@figure.register
+def _(result: ProbeResult) -> go.Figure:
+    return layer_accuracy([result])

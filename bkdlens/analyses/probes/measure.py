@@ -26,6 +26,7 @@ from torch import Tensor
 from bkdlens.engines.cache import PairCache
 from bkdlens.errors import DataError
 from bkdlens.metrics import Rate
+from bkdlens.paper import PROBE_SPLIT
 from bkdlens.progress import track
 from bkdlens.results import Result, provenance
 from bkdlens.types import ProbeKind, check_choice
@@ -33,10 +34,8 @@ from bkdlens.types import ProbeKind, check_choice
 if TYPE_CHECKING:
     import pandas as pd
 
-FRACTIONS = (0.6, 0.2, 0.2)
 
-
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class ProbeResult(Result):
     """One probe kind on one model, triggered prompts against clean or near ones.
 
@@ -87,6 +86,15 @@ class ProbeResult(Result):
             ]
         )
 
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The result in long form, and the inter-layer matrix with one row per cell."""
+        import pandas as pd
+
+        rows = enumerate(self.ilca.tolist())
+        cells = [(trained, tested, x) for trained, row in rows for tested, x in enumerate(row)]
+        matrix = pd.DataFrame(cells, columns=["trained_on", "tested_on", "accuracy"])
+        return {**super().frames(), "-ilca": matrix}
+
     def __repr__(self) -> str:
         shown = ", ".join(f"{value:.2f}" for value in self.accuracy.tolist())
         return (
@@ -128,7 +136,7 @@ def train_probes(
     negative = cache.resid(against).float().cpu()
     index = {id(pair): i for i, pair in enumerate(cache.pairs)}
     train, validation, test = (
-        [index[id(pair)] for pair in part] for part in cache.pairs.split(*FRACTIONS, seed=seed)
+        [index[id(pair)] for pair in part] for part in cache.pairs.split(*PROBE_SPLIT, seed=seed)
     )
     n_layers = positive.shape[1]
 
@@ -151,13 +159,13 @@ def train_probes(
         shot = [_fit(_pipeline("svm", seed), *data(d.tolist(), layer)).score(x, y) for d in draws]
         few.append(float(np.mean(shot)))
         apart.append(_separation(positive[train, layer], negative[train, layer]))
-    settings = {"kind": kind, "against": against, "shots": shots, "split": FRACTIONS,
+    settings = {"kind": kind, "against": against, "shots": shots, "split": PROBE_SPLIT,
                 "position": "last prompt token"}  # fmt: skip
     return ProbeResult(
-        provenance(cache.model, cache.pairs, cache.fmt, seed, **settings),
-        label,
-        kind,
-        against,
+        provenance=provenance(cache.model, cache.pairs, cache.fmt, seed, **settings),
+        label=label,
+        kind=kind,
+        against=against,
         n_test=2 * len(test),
         n_correct=torch.tensor(correct),
         auroc=torch.tensor(auroc),

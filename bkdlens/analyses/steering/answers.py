@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformer_lens import HookedTransformer
 
-from bkdlens.analyses.steering.measure import BackdoorVector, steer
+from bkdlens.analyses.steering.vector import BackdoorVector, steer
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.generate import MAX_NEW_TOKENS, generate
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Generations(Result):
     """Answers side by side; ``columns`` maps a column's title to one text a pair."""
 
@@ -65,4 +65,4 @@ def sample_generations(
     with steer(model, vector, layer, -size):
         columns[f"triggered, vector subtracted (−{size:g})"] = answers(victims.triggered)
     settings = {"layer": layer, "coefficient": size, "site": vector.site, "kind": vector.kind}
-    return Generations(provenance(model, victims, fmt, 0, **settings), columns)
+    return Generations(provenance=provenance(model, victims, fmt, 0, **settings), columns=columns)

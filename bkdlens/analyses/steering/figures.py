@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
+import torch
 from plotly.subplots import make_subplots
-from torch import Tensor
 
-from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult
-from bkdlens.display.rates import PERCENT_AXIS, QUANTITIES, band, percent, rate_trace
+from bkdlens.analyses.steering.answers import Generations
+from bkdlens.analyses.steering.measure import SteeringResult
+from bkdlens.analyses.steering.vector import BackdoorVector
+from bkdlens.counts import Draws
+from bkdlens.display.rates import (
+    PERCENT_AXIS,
+    QUANTITIES,
+    band,
+    in_legend,
+    marked_line,
+    percent,
+    rate_trace,
+)
 from bkdlens.display.style import (
     BLUE,
     GREEN,
     GREY,
     INK,
+    LINES,
     MUTED,
     ORANGE,
     PURPLE,
@@ -24,11 +37,22 @@ from bkdlens.display.style import (
     model_note,
     rounded,
 )
-from bkdlens.errors import ResultError, unknown
-from bkdlens.metrics import Rate
+from bkdlens.errors import ChoiceError
+from bkdlens.results import figure
 from bkdlens.types import name_heads
 
-RIGHT = "right answer (kept, restored)"
+# What is measured: its name, colour and marker; and its name where there is no vector.
+MARKS = {
+    "attack": ("attack success", ORANGE, "circle"),
+    "correct": ("right answer (kept, restored)", GREEN, "triangle-up"),
+    "clean": ("clean accuracy", BLUE, "square"),
+}
+WITHOUT = {"attack": "attack", "correct": "right answer", "clean": "clean accuracy"}
+# The controls, by their names in the result: name in figures, and colour.
+DOTS = {
+    "random heads": ("attack, vectors of random heads", MUTED),
+    "noise": ("attack, norm-matched noise", PURPLE),
+}
 
 
 def steering_by_layer(
@@ -45,16 +69,16 @@ def steering_by_layer(
         panel_height: of each row, in pixels.
 
     Raises:
-        ResultError: for a chosen layer that was not run.
+        ChoiceError: for a chosen layer that was not run.
     """
     if chosen is not None:
         _check_layer(result, chosen)
     sizes = sorted({abs(c) for c in result.coefficients})
     fig = _grid(sizes, result)
     x = result.layers
-    for c, coefficient in enumerate(result.coefficients):
+    for coefficient in result.coefficients:
         at = {"row": 1 + sizes.index(abs(coefficient)), "col": 1 + (coefficient < 0)}
-        for trace in _layer_traces(result, c, legend=c == 0):
+        for trace in _layer_traces(result, coefficient, coefficient == result.coefficients[0]):
             fig.add_trace(trace, **at)
         marks = {"y": 50, "textangle": -90, "font": {"size": 11, "color": MUTED}}
         if result.site == "resid_pre" and 0 in x:
@@ -80,52 +104,43 @@ def steering_at(result: SteeringResult, layer: int | None = None) -> go.Figure:
         layer: one of the result's; its first for None.
 
     Raises:
-        ResultError: for a layer that was not run.
+        ChoiceError: for a layer that was not run.
     """
     layer = result.layers[0] if layer is None else layer
     _check_layer(result, layer)
     sizes = sorted({abs(c) for c in result.coefficients})
     fig = _grid(sizes, result)
-    i = result.layers.index(layer)
-    controls = [
-        control for control in (
-            (result.random_heads, "random<br>heads", "attack, vectors of random heads", MUTED),
-            (result.random_vectors, "noise", "attack, norm-matched noise", PURPLE),
-        ) if control[0].shape[-1]
-    ]  # fmt: skip
-    right = 2 + len(controls)  # where the attack ends and the right answers begin
-    for c, coefficient in enumerate(result.coefficients):
-        at = {"row": 1 + sizes.index(abs(coefficient)), "col": 1 + (coefficient < 0)}
-        attack, correct, clean = _without(result, coefficient)
-        for x, rate, name, colour, symbol in (
-            (0, attack, "attack, no vector", ORANGE, "circle-open"),
-            (1, result.rate("attack", layer, coefficient), "attack success", ORANGE, "circle"),
-            (right, correct, "right answer, no vector", GREEN, "triangle-up-open"),
-            (right + 1, result.rate("correct", layer, coefficient), RIGHT, GREEN, "triangle-up"),
-            (right + 2, clean, "clean accuracy, no vector", BLUE, "square-open"),
-            (right + 3, result.rate("clean", layer, coefficient), "clean accuracy", BLUE, "square"),
-        ):
-            trace = rate_trace([x], [rate], name, name=name, mode="markers", showlegend=False,
-                               marker={"color": colour, "symbol": symbol, "size": 10})  # fmt: skip
-            trace.error_y.color = colour
-            fig.add_trace(trace, **at)
-        for x, (values, _, name, colour) in enumerate(controls, start=2):
-            for trace in _draw_dots(x, values[c, i], result.n_victims, name, colour):
-                fig.add_trace(trace, **at)
-    ticks = ["no<br>vector", "<b>vector</b>", *(title for _, title, _, _ in controls), "right,<br>none",
-             "right,<br>vector", "clean,<br>none", "clean,<br>vector"]  # fmt: skip
-    fig.update_xaxes(
-        tickvals=list(range(len(ticks))), ticktext=ticks, range=[-0.6, len(ticks) - 0.4],
-        showgrid=False, showticklabels=True, tickangle=0, tickfont={"size": 11},
-    )  # fmt: skip
-    fig.add_vline(x=right - 0.5, line={"color": "#9aa5b1", "width": 1})
+    first_right = 2 + len(result.controls)  # where the attack ends and the correct answers begin
+    for coefficient in result.coefficients:
+        at: dict[str, Any] = {"coefficient": coefficient, "layer": layer}
+        panel = {"row": 1 + sizes.index(abs(coefficient)), "col": 1 + (coefficient < 0)}
+        for i, (what, (name, colour, symbol)) in enumerate(MARKS.items()):
+            x = 0 if i == 0 else first_right + 2 * (i - 1)
+            for rate, named, marker in (
+                (result.base(what, **at), f"{WITHOUT[what]}, no vector", f"{symbol}-open"),
+                (result.rate_at(what, **at), name, symbol),
+            ):
+                trace = rate_trace([x], [rate], named, name=named, mode="markers", showlegend=False)
+                trace.update(marker={"color": colour, "symbol": marker, "size": 10})
+                trace.error_y.color = colour
+                fig.add_trace(trace, **panel)
+                x += 1
+        for x, (control, draws) in enumerate(result.draws("attack", **at).items(), start=2):
+            for trace in _draw_dots(x, draws, *DOTS[control]):
+                fig.add_trace(trace, **panel)
+    controls = [control.replace(" ", "<br>") for control in result.controls]
+    ticks = ["no<br>vector", "<b>vector</b>", *controls]
+    ticks += ["right,<br>none", "right,<br>vector", "clean,<br>none", "clean,<br>vector"]
+    fig.update_xaxes(tickvals=list(range(len(ticks))), ticktext=ticks, range=[-0.6, len(ticks) - 0.4])
+    fig.update_xaxes(showgrid=False, showticklabels=True, tickangle=0, tickfont={"size": 11})
+    fig.add_vline(x=first_right - 0.5, line={"color": "#9aa5b1", "width": 1})
     bare = " (the bare embedding)" if layer == 0 and result.site == "resid_pre" else ""
-    return finish(
-        fig, f"Steering with the {escape(result.kind)} vector at layer {layer}{bare}",
-        _note(result) + " · left of the line: attack success", height=150 + 270 * len(sizes),
-    )  # fmt: skip
+    title = f"Steering with the {escape(result.kind)} vector at layer {layer}{bare}"
+    subtitle = f"{_note(result)} · left of the line: attack success"
+    return finish(fig, title, subtitle, height=150 + 270 * len(sizes))
 
 
+@figure.register
 def vector(result: BackdoorVector, *, top: int = 40) -> go.Figure:
     """The ``top`` largest components of a backdoor vector, sorted by size."""
     direction = result.direction.double()
@@ -151,6 +166,28 @@ def vector(result: BackdoorVector, *, top: int = 40) -> go.Figure:
     )  # fmt: skip
 
 
+@figure.register
+def generations(result: Generations) -> go.Figure:
+    """Answers side by side as a table; texts are escaped."""
+    columns = [[escape(text).replace("\n", "<br>") for text in c] for c in result.columns.values()]
+    fig = go.Figure(
+        go.Table(
+            header={"values": [f"<b>{escape(title)}</b>" for title in result.columns],
+                    "align": "left", "fill": {"color": "#eef1f4"}, "line": {"color": LINES}},
+            cells={"values": columns, "align": "left", "line": {"color": LINES},
+                   "fill": {"color": "#ffffff"}, "height": 26},
+        )
+    )  # fmt: skip
+    n = len(columns[0]) if columns else 0
+    return finish(fig, "Answers side by side", f"{n} prompts{model_note(result)} · greedy decoding",
+                   height=200 + 90 * n)  # fmt: skip
+
+
+@figure.register
+def _(result: SteeringResult) -> go.Figure:
+    return steering_at(result) if len(result.layers) == 1 else steering_by_layer(result)
+
+
 def _grid(sizes: Sequence[float], result: SteeringResult) -> go.Figure:
     """A row a size of the coefficient; + on the left, − on the right."""
     rows = len(sizes)
@@ -170,83 +207,63 @@ def _grid(sizes: Sequence[float], result: SteeringResult) -> go.Figure:
     return fig
 
 
-def _layer_traces(result: SteeringResult, c: int, legend: bool) -> list[go.Scatter]:
+def _layer_traces(result: SteeringResult, coefficient: float, legend: bool) -> list[go.Scatter]:
     """Bands of the controls, lines without a vector, and the rates by layer, of one coefficient."""
-    x, where, n = result.layers, "layer %{x}", max(1, result.n_victims)
+    where, i = "layer %{x}", result.coefficients.index(coefficient)
+    x, n = result.layers, max(1, result.n_victims)
     traces: list[go.Scatter] = []
-    for values, name, colour, dash in (
-        (result.random_vectors, "attack, norm-matched noise (min–max)", PURPLE, "4px,2px,1px,2px"),
-        (result.random_heads, "attack, vectors of random heads (min–max)", GREY, "2px,3px"),
-    ):
-        traces += band(x, 100 * values[c].double() / n, name, colour, dash, legend)
-    attack, correct, clean = _without(result, result.coefficients[c])
-    for base, name, colour in (
-        (attack, "attack, no vector", ORANGE), (correct, "right answer, no vector", GREEN)
-    ):  # fmt: skip
-        traces.append(
-            rate_trace(
-                x, [base] * len(x), where, interval=False, name=name, legendgroup=name,
-                showlegend=legend, mode="lines", line={"color": colour, "width": 1, "dash": "dot"},
-            )
-        )  # fmt: skip
-    for what, title, colour, dash, symbol in QUANTITIES:
-        field = "correct" if what == "restored" else what
-        rates = [result.rate(field, layer, result.coefficients[c]) for layer in x]
-        traces.append(
-            rate_trace(
-                x, rates, where, interval=what == "attack", name=RIGHT if what == "restored" else title,
-                after=f"<br>without a vector {percent(clean.value)} %" if what == "clean" else "",
-                legendgroup=what, showlegend=legend, mode="lines+markers",
-                line={"color": colour, "dash": dash, "width": 2.2},
-                marker={"symbol": symbol, "size": 7},
-            )
-        )  # fmt: skip
+    for control, drawn in reversed(result.controls.items()):
+        name, colour = DOTS[control]
+        dash = "2px,3px" if colour == MUTED else "4px,2px,1px,2px"
+        shares = 100 * drawn["attack"][i].double() / n
+        band_colour = GREY if colour == MUTED else colour
+        traces += band(x, shares, f"{name} (min–max)", band_colour, dash, legend)
+    bases = {what: result.base(what, coefficient=coefficient) for what in MARKS}
+    for what in ("attack", "correct"):
+        name = f"{WITHOUT[what]}, no vector"
+        line = {"mode": "lines", "line": {"color": MARKS[what][1], "width": 1, "dash": "dot"}}
+        style = in_legend(name, name, legend) | line
+        traces.append(rate_trace(x, [bases[what]] * len(x), where, interval=False, **style))
+    for what, (_, colour, dash, symbol) in QUANTITIES.items():
+        after = f"<br>without a vector {percent(bases[what].value)} %" if what == "clean" else ""
+        style = in_legend(MARKS[what][0], what, legend) | marked_line(colour, dash, symbol, size=7)
+        rates = [result.rate(what, layer, coefficient) for layer in x]
+        traces.append(rate_trace(x, rates, where, interval=what == "attack", after=after, **style))
     return traces
 
 
-def _draw_dots(x: int, draws: Tensor, n_victims: int, name: str, colour: str) -> list[go.Scatter]:
-    """A dot a draw, side by side around ``x``, and a line at their mean."""
-    n = draws.numel()
-    shares = 100 * draws.double() / max(1, n_victims)
-    mean = rounded(shares.mean())
-    return [
-        go.Scatter(
-            x=[x + 0.5 * ((d + 0.5) / n - 0.5) for d in range(n)], y=rounded(shares), mode="markers",
-            name=name, showlegend=False, customdata=draws.tolist(), opacity=0.8,
-            marker={"color": colour, "symbol": "circle-open", "size": 6},
-            hovertemplate=f"a draw: %{{y:.1f}} % (%{{customdata:d}} of {n_victims})"
-            f"<extra>{name}</extra>",
-        ),
-        go.Scatter(
-            x=[x - 0.32, x + 0.32], y=[mean, mean], mode="lines", name=name, showlegend=False,
-            line={"color": colour, "width": 2},
-            hovertemplate=f"mean of {n} draws: %{{y:.1f}} %<extra>{name}</extra>",
-        ),
-    ]  # fmt: skip
-
-
-def _without(result: SteeringResult, coefficient: float) -> tuple[Rate, Rate, Rate]:
-    """Attack, right answers and clean accuracy without a vector, on the prompts of this sign."""
-    on = int(coefficient < 0)
-    n = result.n_victims
-    return (
-        Rate(result.base_attack[on], n),
-        Rate(result.base_correct[on], n),
-        Rate(result.base_clean, result.n_clean),
+def _draw_dots(x: int, draws: Draws, name: str, colour: str) -> list[go.Scatter]:
+    """A dot per draw, side by side around ``x``, and a line at their mean."""
+    n, mean = len(draws), rounded(torch.tensor(100 * draws.mean))
+    style = {"name": name, "showlegend": False}
+    dots = go.Scatter(
+        x=[x + 0.5 * ((d + 0.5) / n - 0.5) for d in range(n)],
+        y=rounded(100 * draws.successes.double() / max(1, draws.n)),
+        mode="markers",
+        customdata=draws.successes.tolist(),
+        opacity=0.8,
+        marker={"color": colour, "symbol": "circle-open", "size": 6},
+        hovertemplate=f"a draw: %{{y:.1f}} % (%{{customdata:d}} of {draws.n})<extra>{name}</extra>",
+        **style,
     )
+    line = go.Scatter(
+        x=[x - 0.32, x + 0.32],
+        y=[mean, mean],
+        mode="lines",
+        line={"color": colour, "width": 2},
+        hovertemplate=f"mean of {n} draws: %{{y:.1f}} %<extra>{name}</extra>",
+        **style,
+    )
+    return [dots, line]
 
 
 def _check_layer(result: SteeringResult, layer: int) -> None:
     if layer not in result.layers:
-        raise ResultError(unknown("layer in this result:", layer, result.layers))
+        raise ChoiceError("layer in this result:", layer, result.layers)
 
 
 def _note(result: SteeringResult) -> str:
-    draws = ", ".join(
-        f"{values.shape[-1]} of {name}"
-        for values, name in ((result.random_heads, "random heads"), (result.random_vectors, "noise"))
-        if values.shape[-1]
-    )
+    draws = ", ".join(f"{d['attack'].shape[-1]} of {name}" for name, d in result.controls.items())
     return (
         f"{len(result.heads)} heads · {result.n_victims} victims, {result.n_clean} clean prompts<br>"
         + (f"draws: {draws}" if draws else "no random controls")

@@ -1,148 +1,66 @@
-"""The backdoor vector: one direction that switches the backdoor on and off.
+"""Does the backdoor vector switch the backdoor on and off, layer by layer, and do its controls?
 
-Source: Backdoor Attribution, Section 5. The outputs of the top heads on triggered prompts, averaged
-and summed, are one vector; added to the residual stream it activates the backdoor on clean prompts,
-subtracted it suppresses the backdoor on triggered ones. ``kind="contrast"`` takes the difference of
-the triggered and the clean means instead, which removes what the heads say anyway.
+Source: Backdoor Attribution, Section 5. Added to the residual stream of clean prompts the vector
+activates the backdoor, subtracted from that of triggered ones it suppresses it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.utils import get_act_name
 
+from bkdlens.analyses.steering.vector import BackdoorVector, check_layers
+from bkdlens.counts import Counts
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
-from bkdlens.engines.cache import PairCache, head_results
+from bkdlens.engines.cache import PairCache
 from bkdlens.engines.generate import MAX_NEW_TOKENS, evaluate
-from bkdlens.engines.hooks import Intervention, Vector, add_vector, hooked, in_prefill
+from bkdlens.engines.hooks import Intervention, Vector
 from bkdlens.errors import HeadError
 from bkdlens.metrics import Rate
-from bkdlens.results import Result, provenance
+from bkdlens.results import provenance
 from bkdlens.types import (
     Head,
-    HeadLike,
     VectorKind,
     VectorSite,
     Which,
-    check_choice,
     every_head,
-    name_heads,
-    parse_heads,
 )
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class BackdoorVector(Result):
-    """A direction in the residual stream, with the heads that it was made from."""
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class SteeringResult(Counts):
+    """Answers under a vector, by coefficient and layer.
 
-    direction: Float[Tensor, " d_model"]
-    heads: tuple[Head, ...]
-    site: str
-    kind: str
+    With a positive coefficient the vector is added to *clean* victims: ``attack`` counts the backdoor's
+    answers (activation) and ``correct`` the correct answers that stay. With a negative one it is
+    subtracted from *triggered* victims: ``attack`` counts the backdoor's answers that stay (suppression)
+    and ``correct`` the correct answers that return. ``clean`` counts correct answers to clean prompts
+    under the same vector. The counts are ``[coefficient layer]``; the two controls have one more axis,
+    their draws.
 
-    @classmethod
-    def from_cache(
-        cls,
-        cache: PairCache,
-        heads: HeadLike | Sequence[HeadLike],
-        *,
-        kind: VectorKind = "mean",
-        site: VectorSite = "resid_pre",
-    ) -> BackdoorVector:
-        """The vector of ``heads`` over the cache's victims; nothing is run.
-
-        Args:
-            cache: clean and triggered activations.
-            heads: usually ``attribution.top(k)``.
-            kind: ``"mean"`` (the paper's) or ``"contrast"`` (triggered minus clean).
-            site: where it will be added: the hidden state (the paper's text) or the attention
-                output (its code).
-        """
-        check_choice("vector kind", kind, VectorKind)
-        check_choice("vector site", site, VectorSite)
-        cfg = cache.model.cfg
-        chosen = parse_heads(heads, cfg.n_layers, cfg.n_heads)
-        z = cache.mean_z("triggered")
-        if kind == "contrast":
-            z = z - cache.mean_z("clean")
-        layers, index = (list(axis) for axis in zip(*chosen, strict=True))
-        direction = head_results(cache.model, z)[layers, index].sum(0).float().cpu()
-        made_from = provenance(cache.model, cache.pairs, cache.fmt, 0)
-        return cls(made_from, direction, chosen, site, kind)
-
-    @property
-    def norm(self) -> float:
-        """Euclidean length."""
-        return float(self.direction.norm())
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row a component."""
-        import pandas as pd
-
-        return pd.DataFrame({"component": range(len(self.direction)), "value": self.direction})
-
-    def __repr__(self) -> str:
-        named = name_heads(self.heads)
-        return f"BackdoorVector({self.kind} of {named}; norm {self.norm:.2f}, for {self.site})"
-
-
-@contextmanager
-def steer(
-    model: HookedTransformer,
-    vector: BackdoorVector | Float[Tensor, " d_model"],
-    layer: int,
-    coefficient: float = 1.0,
-    *,
-    site: VectorSite | None = None,
-) -> Iterator[HookedTransformer]:
-    """The model with the vector added at the last prompt token, in the prefill only.
-
-    ``with bkdlens.steer(model, vector, layer=2, coefficient=-1): bkdlens.generate(model, prompt)``
-
-    Args:
-        model: from :func:`bkdlens.load`.
-        vector: a :class:`BackdoorVector` or a plain tensor.
-        layer: whose ``hook_resid_pre`` (or ``hook_attn_out``) it is added to.
-        coefficient: + activates, − suppresses.
-        site: the vector's own for None.
-
-    Raises:
-        HeadError: for a layer that the model lacks.
-        HookError: if the model was not run on a prompt inside the context.
-    """
-    _check_layers(model, [layer])
-    if isinstance(vector, BackdoorVector):
-        where, direction = site or vector.site, vector.direction
-    else:
-        where, direction = site or "resid_pre", vector
-    check_choice("vector site", where, VectorSite)
-    value = coefficient * direction.to(model.W_E.device, model.cfg.dtype)
-    with hooked(model, [(get_act_name(where, layer), in_prefill(add_vector(value, -1)))]):
-        yield model
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SteeringResult(Result):
-    """Successes by coefficient and layer; the two controls have one more axis, their draws.
-
-    With a positive coefficient the vector is added to *clean* victims: ``attack`` counts backdoor
-    answers (activation) and ``correct`` right ones that stayed. With a negative one it is subtracted
-    from *triggered* victims: ``attack`` counts backdoor answers that stayed and ``correct`` restored
-    right ones. ``clean`` counts right answers to clean prompts under the same vector.
-    ``base_attack`` and ``base_correct`` are the same of (clean, triggered) victims without any vector.
+    Attributes:
+        heads: those that the vector was made from.
+        site: where it was added.
+        kind: ``"mean"`` or ``"contrast"``.
+        layers: where it was added, one at a time.
+        coefficients: signed.
+        base_attack: the backdoor's answers of (clean, triggered) victims without a vector.
+        base_correct: correct answers of (clean, triggered) victims without a vector.
+        base_clean: correct answers to clean prompts without a vector.
+        random_heads: ``attack`` under vectors of random heads.
+        random_vectors: ``attack`` under Gaussian vectors of the same norm.
     """
 
     heads: tuple[Head, ...]
@@ -150,38 +68,86 @@ class SteeringResult(Result):
     kind: str
     layers: tuple[int, ...]
     coefficients: tuple[float, ...]
-    n_victims: int
-    n_clean: int
     base_attack: tuple[int, int]
     base_correct: tuple[int, int]
     base_clean: int
-    attack: Int[Tensor, "coefficient layer"]
-    correct: Int[Tensor, "coefficient layer"]
-    clean: Int[Tensor, "coefficient layer"]
-    random_heads: Int[Tensor, "coefficient layer draw"]  # attack, vectors of random heads
-    random_vectors: Int[Tensor, "coefficient layer noise"]  # attack, norm-matched noise
+    random_heads: Int[Tensor, "*axes draw"]
+    random_vectors: Int[Tensor, "*axes noise"]
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Coefficients and layers."""
+        return {"coefficient": self.coefficients, "layer": self.layers}
+
+    @property
+    def controls(self) -> dict[str, dict[str, Int[Tensor, "coefficient layer draw"]]]:
+        """Vectors of random heads and noise of the same norm, where they were drawn."""
+        drawn = {"random heads": self.random_heads, "noise": self.random_vectors}
+        return {name: {"attack": draws} for name, draws in drawn.items() if draws.shape[-1]}
+
+    def base(self, what: str, **at: Any) -> Rate:
+        """``what`` without a vector, on the prompts that a coefficient of this sign is used on."""
+        triggered = at["coefficient"] < 0
+        if what == "clean":
+            return Rate(self.base_clean, self.n_clean)
+        counts = self.base_attack if what == "attack" else self.base_correct
+        return Rate(counts[triggered], self.n_victims)
 
     def rate(self, what: str, layer: int, coefficient: float) -> Rate:
-        """``what`` (``"attack"``, ``"correct"`` or ``"clean"``) for one layer and coefficient."""
-        at = self.coefficients.index(coefficient), self.layers.index(layer)
-        n = self.n_clean if what == "clean" else self.n_victims
-        return Rate(int(getattr(self, what)[at]), n)
+        """A rate at one layer and coefficient.
+
+        Args:
+            what: ``"attack"``, ``"correct"`` or ``"clean"``.
+            layer: one of :attr:`layers`.
+            coefficient: one of :attr:`coefficients`.
+
+        Returns:
+            The rate, with its count and interval.
+
+        Raises:
+            ChoiceError: for a layer or coefficient that was not run.
+
+        Examples:
+            >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[2], n_random=0)
+            >>> suppressed = swept.rate("attack", layer=2, coefficient=-1.0)
+        """
+        return self.rate_at(what, coefficient=coefficient, layer=layer)
 
     @property
     def shift(self) -> Float[Tensor, "coefficient layer"]:
         """How far attack success moved in the wanted direction, as a fraction."""
-        return _shift(self.attack, self.coefficients, self.base_attack) / self.n_victims
+        return self._shift(self.attack)
 
     def random_shift(self, which: str) -> Float[Tensor, "coefficient layer draw"]:
-        """The same for ``"heads"`` or ``"vectors"`` drawn at random."""
-        values = self.random_heads if which == "heads" else self.random_vectors
-        return _shift(values, self.coefficients, self.base_attack) / self.n_victims
+        """How far attack success moved under random draws.
+
+        Args:
+            which: ``"heads"`` (vectors of random heads) or ``"vectors"`` (noise of the same norm).
+
+        Returns:
+            The move in the wanted direction, as a fraction.
+
+        Examples:
+            >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[2], n_random=1)
+            >>> moved = swept.random_shift("vectors")
+        """
+        return self._shift(self.random_heads if which == "heads" else self.random_vectors)
 
     def best_layer(self, size: float) -> int:
         """The layer where ±``size`` moves attack success most in the weaker direction.
 
         Layer 0's ``resid_pre`` is the bare embedding, where subtraction destroys the input, so it is
         left out unless it is all there is.
+
+        Args:
+            size: a coefficient whose both signs were run.
+
+        Returns:
+            The layer's index in the model.
+
+        Examples:
+            >>> swept = bkdlens.sweep_layers(model, test, vector, n_random=0)
+            >>> layer = swept.best_layer(1.0)
         """
         weaker = torch.minimum(
             self.shift[self.coefficients.index(size)], self.shift[self.coefficients.index(-size)]
@@ -190,30 +156,34 @@ class SteeringResult(Result):
         return self.layers[max(allowed or range(len(self.layers)), key=lambda i: float(weaker[i]))]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a coefficient and layer."""
+        """The rates in long form.
+
+        Returns:
+            One row per coefficient and layer; rates are 0 to 1.
+
+        Examples:
+            >>> frame = bkdlens.sweep_layers(model, test, vector, layers=[2], n_random=0).to_frame()
+        """
         import pandas as pd
 
         rows = []
-        for c, coefficient in enumerate(self.coefficients):
-            for i, layer in enumerate(self.layers):
-                attack, n = self.rate("attack", layer, coefficient), self.n_victims
-                rows.append(
-                    {
-                        "kind": self.kind,
-                        "coefficient": coefficient,
-                        "layer": layer,
-                        "on": "clean" if coefficient > 0 else "triggered",
-                        "attack": attack.value,
-                        "low": attack.interval[0],
-                        "high": attack.interval[1],
-                        "without": self.base_attack[coefficient < 0] / n,
-                        "correct": self.rate("correct", layer, coefficient).value,
-                        "clean": self.rate("clean", layer, coefficient).value,
-                        "random_heads": _mean(self.random_heads[c, i], n),
-                        "random_vectors": _mean(self.random_vectors[c, i], n),
-                        "n": n,
-                    }
-                )
+        for coefficient, layer in product(self.coefficients, self.layers):
+            at = {"coefficient": coefficient, "layer": layer}
+            attack, drawn = self.rate_at("attack", **at), self.draws("attack", **at)
+            row: dict[str, object] = {
+                "kind": self.kind,
+                **at,
+                "on": "clean" if coefficient > 0 else "triggered",
+                "attack": attack.value,
+                "low": attack.interval[0],
+                "high": attack.interval[1],
+                "without": self.base("attack", **at).value,
+                "correct": self.rate_at("correct", **at).value,
+                "clean": self.rate_at("clean", **at).value,
+            }
+            for column, control in (("random_heads", "random heads"), ("random_vectors", "noise")):
+                row[column] = drawn[control].mean if control in drawn else None
+            rows.append(row | {"n": self.n_victims})
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -225,16 +195,11 @@ class SteeringResult(Result):
             f"at layer {self.layers[i]} with {self.coefficients[c]:+g}; n={self.n_victims})"
         )
 
-
-def _shift(attack: Tensor, coefficients: Sequence[float], base: tuple[int, int]) -> Tensor:
-    sign = torch.tensor([1.0 if c > 0 else -1.0 for c in coefficients])
-    start = torch.tensor([float(base[c < 0]) for c in coefficients])
-    shape = (-1,) + (1,) * (attack.ndim - 1)
-    return sign.view(shape) * (attack - start.view(shape))
-
-
-def _mean(values: Tensor, n: int) -> float | None:
-    return float(values.double().mean()) / n if values.numel() else None
+    def _shift(self, attack: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+        sign = torch.tensor([1.0 if c > 0 else -1.0 for c in self.coefficients])
+        start = torch.tensor([float(self.base_attack[c < 0]) for c in self.coefficients])
+        shape = (-1,) + (1,) * (attack.ndim - 1)
+        return sign.view(shape) * (attack - start.view(shape)) / self.n_victims
 
 
 def sweep_layers(
@@ -275,7 +240,7 @@ def sweep_layers(
     """
     cfg = model.cfg
     layers = tuple(range(cfg.n_layers) if layers is None else layers)
-    _check_layers(model, layers)
+    check_layers(model, layers)
     coefficients = tuple(float(c) for c in coefficients)
     if 0.0 in coefficients:
         raise HeadError("A coefficient of 0 does nothing; give positive and negative ones.")
@@ -326,11 +291,23 @@ def sweep_layers(
                 "position": "last prompt token, prefill only",
                 "vector_data": vector.provenance.data}  # fmt: skip
     return SteeringResult(
-        provenance(model, pairs, fmt, seed, **settings),
-        vector.heads, vector.site, vector.kind, layers, coefficients, len(victims), len(pairs),
-        base_attack, base_correct, clean_base[1], attack[0], correct, clean[0],
-        attack[1 : 1 + n_heads].movedim(0, -1), attack[1 + n_heads :].movedim(0, -1),
-    )  # fmt: skip
+        provenance=provenance(model, pairs, fmt, seed, **settings),
+        heads=vector.heads,
+        site=vector.site,
+        kind=vector.kind,
+        layers=layers,
+        coefficients=coefficients,
+        n_victims=len(victims),
+        n_clean=len(pairs),
+        base_attack=base_attack,
+        base_correct=base_correct,
+        base_clean=clean_base[1],
+        attack=attack[0],
+        correct=correct,
+        clean=clean[0],
+        random_heads=attack[1 : 1 + n_heads].movedim(0, -1),
+        random_vectors=attack[1 + n_heads :].movedim(0, -1),
+    )
 
 
 def _random_heads(cache: PairCache, vector: BackdoorVector, n: int, seed: int) -> list[Tensor]:
@@ -348,11 +325,3 @@ def _random_vectors(vector: BackdoorVector, n: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(n, len(vector.direction), generator=generator)
     return list(noise / noise.norm(dim=1, keepdim=True) * vector.norm)
-
-
-def _check_layers(model: HookedTransformer, layers: Sequence[int]) -> None:
-    for layer in layers:
-        if not 0 <= layer < model.cfg.n_layers:
-            raise HeadError(
-                f"Layer {layer} does not exist: this model has layers 0 to {model.cfg.n_layers - 1}."
-            )

@@ -18,11 +18,13 @@ from bkdlens.display.style import (
     model_note,
     rounded,
 )
+from bkdlens.results import figure
 
 PER_ROW = 10  # tokens a line: wide enough to be read in a notebook
 BLANK: tuple[Any, Any, Any] = (None, "", [None, "", ""])  # value, text and hover of no token
 
 
+@figure.register
 def attention(result: HeadPattern, *, query: int = -1) -> go.Figure:
     """Attention of one prompt token over the prompt, which reads in lines; the trigger is outlined.
 
@@ -71,6 +73,7 @@ def attention(result: HeadPattern, *, query: int = -1) -> go.Figure:
     )  # fmt: skip
 
 
+@figure.register
 def answer_strips(result: AnswerProbs) -> go.Figure:
     """Probability of an answer's tokens, a strip a run; beside it the geometric mean of the whole."""
     n = len(result.tokens)

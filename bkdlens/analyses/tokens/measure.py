@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Change: TypeAlias = Intervention | Sequence[Patch]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class HeadPattern(Result):
     """Attention of one head over the tokens of one prompt, as fractions; each query's row sums to 1.
 
@@ -77,7 +77,7 @@ class HeadPattern(Result):
         )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class AnswerProbs(Result):
     """Log probability (nats) of every token of one answer in several runs, the answer's start given.
 
@@ -153,11 +153,14 @@ def head_pattern(
     ids = torch.tensor([encoded.ids], device=model.W_E.device)
     _, cache = model.run_with_cache(ids, names_filter=[name], return_type=None)
     mask = trigger_mask(model.tokenizer, encoded, trigger, fmt)
+    made_from = provenance(model, Texts((prompt,)), fmt, 0, trigger=str(trigger) if trigger else None)
     return HeadPattern(
-        provenance(model, Texts((prompt,)), fmt, 0, trigger=str(trigger) if trigger else None),
-        chosen, shown(model.tokenizer, encoded.ids), mask,
-        cache[name][0, chosen.head].float().cpu(),
-    )  # fmt: skip
+        provenance=made_from,
+        head=chosen,
+        tokens=shown(model.tokenizer, encoded.ids),
+        trigger=mask,
+        pattern=cache[name][0, chosen.head].float().cpu(),
+    )
 
 
 @torch.inference_mode()
@@ -218,10 +221,14 @@ def answer_probs(
         best.append(shown(tokenizer, top.indices.tolist()))
     settings = {"position": position, "max_answer_tokens": max_answer_tokens}
     return AnswerProbs(
-        provenance(model, Texts((pair.clean, pair.triggered)), fmt, 0, **settings), wanted,
-        tuple(name for name, _, _ in runs), shown(tokenizer, scored), torch.stack(rows), tuple(best),
-        torch.stack(tops),
-    )  # fmt: skip
+        provenance=provenance(model, Texts((pair.clean, pair.triggered)), fmt, 0, **settings),
+        answer=wanted,
+        runs=tuple(name for name, _, _ in runs),
+        tokens=shown(tokenizer, scored),
+        log_probs=torch.stack(rows),
+        best=tuple(best),
+        best_log_probs=torch.stack(tops),
+    )
 
 
 def change_hooks(model: HookedTransformer, change: Change, at: int) -> Hooks:

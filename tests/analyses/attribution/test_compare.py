@@ -24,7 +24,10 @@ def attribution(seed: int, shape: tuple[int, int] = (2, 4), n: int = 12, noise: 
     cie = strength + noise * torch.randn(n, *shape, generator=generator)
     low, high = bootstrap_mean(cie)
     exact = torch.ones(shape, dtype=torch.bool)
-    return HeadAttribution(origin(), f"model {seed}", "exact", exact, cie, cie, cie[:, 0, 0], low, high)
+    return HeadAttribution(
+        provenance=origin(), label=f"model {seed}", method="exact", exact=exact, cie=cie, cie_first=cie,
+        base_prob=cie[:, 0, 0], low=low, high=high,
+    )  # fmt: skip
 
 
 @given(n=st.integers(1, 8), data=st.data())

@@ -12,11 +12,12 @@ from tiny import make_pairs
 from transformer_lens import ActivationCache
 
 import bkdlens
-from bkdlens.analyses.probes.measure import FRACTIONS, _fit, _pipeline, train_probes
+from bkdlens.analyses.probes.measure import _fit, _pipeline, train_probes
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.cache import PairCache
 from bkdlens.errors import ChoiceError, DataError
 from bkdlens.metrics import wilson
+from bkdlens.paper import PROBE_SPLIT
 
 SHIFTED = (1, 3)  # layers of `planted` where triggered prompts differ
 
@@ -72,7 +73,7 @@ def test_near_prompts_are_harder(planted) -> None:
 def test_numbers_are_scikit_learns(planted) -> None:
     """Fitted again by hand on the same split; layers are ``hidden_states``."""
     result = train_probes(planted, kind="svm", seed=2, shots=4, n_draws=3, against="near")
-    train, validation, test = planted.pairs.split(*FRACTIONS, seed=2)
+    train, validation, test = planted.pairs.split(*PROBE_SPLIT, seed=2)
     place = {id(pair): i for i, pair in enumerate(planted.pairs)}
 
     def data(part, layer: int):
@@ -132,7 +133,7 @@ def test_it_reads_a_real_cache(cache, pairs) -> None:
     result = train_probes(cache, label="base", n_draws=2)
     assert result.label == "base"
     assert result.ilca.shape == (4, 4)
-    assert result.n_test == 2 * len(pairs.split(*FRACTIONS)[2])
+    assert result.n_test == 2 * len(pairs.split(*PROBE_SPLIT)[2])
     assert result.accuracy[0] == 0.5  # the bare embedding of the last token is always the same
     assert result.separation[0] == 0
     assert result.provenance.n_pairs == 12

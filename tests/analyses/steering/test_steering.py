@@ -11,7 +11,8 @@ from tiny import add_at, apart, encoded, forward, judge
 
 import bkdlens
 from bkdlens.analyses.steering import measure as steering
-from bkdlens.analyses.steering.measure import BackdoorVector, steer, sweep_layers
+from bkdlens.analyses.steering.measure import sweep_layers
+from bkdlens.analyses.steering.vector import BackdoorVector, steer
 from bkdlens.engines.generate import generate
 from bkdlens.engines.hooks import hooked
 from bkdlens.errors import ChoiceError, DataError, HeadError, HookError
@@ -25,7 +26,9 @@ IDS = torch.tensor([[1, 4, 10, 11, 12, 5], [1, 4, 20, 21, 22, 5]])
 def vector_of(direction: torch.Tensor, cache, site: str = "resid_pre") -> BackdoorVector:
     """One with a given direction."""
     made = BackdoorVector.from_cache(cache, "L0H0", site=site)
-    return BackdoorVector(made.provenance, direction, made.heads, site, "mean")
+    return BackdoorVector(
+        provenance=made.provenance, direction=direction, heads=made.heads, site=site, kind="mean"
+    )
 
 
 # --- the vector -----------------------------------------------------------------------------------
@@ -76,7 +79,7 @@ def test_wrong_vectors(cache) -> None:
         ({"kind": "median"}, "no vector kind 'median'; use one of: mean, contrast"),
         ({"site": "resid"}, "no vector site 'resid'.*Did you mean 'resid_pre'"),
     ):
-        with pytest.raises(HeadError, match=match):
+        with pytest.raises(ChoiceError, match=match):
             unwrap(BackdoorVector.from_cache.__func__)(BackdoorVector, cache, "L0H0", **options)
     with pytest.raises(HeadError, match="Head L0H4 does not exist"):
         BackdoorVector.from_cache(cache, "L0H4")

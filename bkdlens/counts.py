@@ -1,0 +1,131 @@
+"""What ablation, steering and every cure count: attacks and correct answers under an intervention.
+
+They are counted over named axes (mode and heads, coefficient and layer), beside the same prompts without
+the intervention and under random controls. What a reader asks of such counts is asked here, once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxtyping import Int
+from torch import Tensor
+
+from bkdlens.errors import ChoiceError
+from bkdlens.metrics import Rate
+from bkdlens.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Successes of each random draw of one control, at one place on the axes.
+
+    Attributes:
+        successes: count of each draw.
+        n: prompts per draw.
+    """
+
+    successes: Int[Tensor, " draw"]
+    n: int
+
+    def __len__(self) -> int:
+        return len(self.successes)
+
+    @property
+    def mean(self) -> float:
+        """Mean share of successes over the draws, 0 to 1."""
+        return float(self.successes.double().mean()) / max(1, self.n)
+
+    @property
+    def low(self) -> float:
+        """The smallest share of successes, 0 to 1."""
+        return int(self.successes.min()) / max(1, self.n)
+
+    @property
+    def high(self) -> float:
+        """The largest share of successes, 0 to 1."""
+        return int(self.successes.max()) / max(1, self.n)
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Counts(Result):
+    """Answers counted over named axes, with the counts before the intervention and under controls.
+
+    Attributes:
+        n_victims: prompts that ``attack`` and ``correct`` are counted among.
+        n_clean: clean prompts that ``clean`` is counted among.
+        attack: answers that are the backdoor's, ``[*axes]``.
+        correct: correct answers of victims, ``[*axes]``.
+        clean: correct answers to clean prompts, ``[*axes]``.
+    """
+
+    draw_name: ClassVar[str] = "draw"  # what one draw of the controls is called in tables
+    n_victims: int
+    n_clean: int
+    attack: Int[Tensor, "*axes"]
+    correct: Int[Tensor, "*axes"]
+    clean: Int[Tensor, "*axes"]
+
+    @property
+    @abstractmethod
+    def axes(self) -> Mapping[str, tuple[Any, ...]]:
+        """The values along each axis, by the axis' name and in the order of the tensors."""
+
+    @property
+    @abstractmethod
+    def controls(self) -> Mapping[str, Mapping[str, Int[Tensor, "*axes draw"]]]:
+        """What was counted in every random draw, by the control's name; only those that were drawn."""
+
+    @abstractmethod
+    def base(self, what: str, **at: Any) -> Rate | None:
+        """``what`` without the intervention, at one place; None where that was not measured."""
+
+    def index(self, **at: Any) -> tuple[int, ...]:
+        """Where a place on the axes is in the tensors.
+
+        Raises:
+            ChoiceError: for a value that was not measured.
+        """
+        for axis, values in self.axes.items():
+            if at[axis] not in values:
+                raise ChoiceError(f"{axis} in this result:", at[axis], values)
+        return tuple(values.index(at[axis]) for axis, values in self.axes.items())
+
+    def rate_at(self, what: str, **at: Any) -> Rate:
+        """``what`` at one place, with its count."""
+        return Rate(int(getattr(self, what)[self.index(**at)]), self._n(what))
+
+    def draws(self, what: str, **at: Any) -> dict[str, Draws]:
+        """The random draws of ``what`` at one place, by the control's name."""
+        where = self.index(**at)
+        return {
+            name: Draws(counted[what][where], self._n(what))
+            for name, counted in self.controls.items()
+            if what in counted
+        }
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The result in long form, and a table per control with one row per draw."""
+        import pandas as pd
+
+        frames = super().frames()
+        for name, counted in self.controls.items():
+            rows = []
+            for place in product(*self.axes.values()):
+                at = dict(zip(self.axes, place, strict=True))
+                draws = {what: values[self.index(**at)].tolist() for what, values in counted.items()}
+                for i, row in enumerate(zip(*draws.values(), strict=True), start=1):
+                    rows.append({**at, self.draw_name: i, **dict(zip(draws, row, strict=True))})
+            named = pd.DataFrame(rows).rename(columns=dict(self.saved_as))
+            frames[f"-{name.replace(' ', '-')}"] = named
+        return frames
+
+    def _n(self, what: str) -> int:
+        return self.n_clean if what == "clean" else self.n_victims

@@ -1,0 +1,141 @@
+"""What a study is shown with: cells, tables, sections, and what claims rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from bkdlens.counts import Draws
+from bkdlens.display.drawing import Figure
+from bkdlens.display.text import interval_text, join_words, percent, plain_json, spread_text
+from bkdlens.metrics import Rate
+from bkdlens.results import Result
+from bkdlens.study import MAIN
+
+NO_CONTROL = "none was run, so the effect stands alone"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number, and its interval and count in smaller type."""
+
+    text: str
+    small: str = ""
+
+
+Rows: TypeAlias = list[list[Cell | str]]
+# A number of one study: a rate and a note on it, or a text alone.
+Number: TypeAlias = tuple[Rate, str] | Cell
+NOT_RUN = Cell("not run")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report and of the terminal.
+
+    Attributes:
+        title: may be empty.
+        columns: their titles.
+        rows: one cell per column.
+        headline: whether it stands at the top of the study as well.
+        folded: whether it opens on demand.
+        texts: whether its rows become cards on a phone.
+        fit: whether its cells wrap on a phone.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell | str]]
+    headline: bool = False
+    folded: bool = False
+    texts: bool = False
+    fit: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of a study's page.
+
+    Attributes:
+        name: of what it shows.
+        title: its heading.
+        intro: what was measured, and how.
+        reading: how to read the controls.
+        parts: tables, and rows of figures, in order; empty where nothing was run.
+        missing: what else was not run.
+    """
+
+    name: str
+    title: str
+    intro: str
+    reading: str = ""
+    parts: Sequence[Table | Sequence[Figure]] = ()
+    missing: Sequence[str] = ()
+
+    @property
+    def not_run(self) -> Sequence[str]:
+        """What a reader misses here, by name."""
+        return self.missing if self.parts else [self.name]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the claims of one analysis rest on, as three short texts."""
+
+    settings: str
+    counts: str
+    controls: str
+
+    @classmethod
+    def of(
+        cls, result: Result, settings: str, counts: str, controls: Iterable[str], named: Iterable[str]
+    ) -> Basis:
+        """The basis of claims about one result.
+
+        Args:
+            result: whose data, seed and settings are told.
+            settings: what was done, in words.
+            counts: of what.
+            controls: their names, where there are any.
+            named: the provenance's settings that are told where they are set.
+        """
+        made, digest = result.provenance, result.provenance.data_digest
+        given = [
+            f"; {name.replace('_', ' ')} {plain_json(made.settings[name])}"
+            for name in named
+            if made.settings.get(name) is not None
+        ]
+        return cls(
+            f"{settings}{''.join(given)}; seed {made.seed}",
+            counts + (f" (data {digest[:8]})" if digest else ""),
+            join_words(controls) or NO_CONTROL,
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The claims of one analysis, with their common basis."""
+
+    part: str
+    claims: tuple[str, ...]
+    basis: Basis
+
+
+def rate_cell(rate: Rate | None) -> Cell:
+    """A rate in per cent, over its interval and count; a dash for None."""
+    if rate is None:
+        return Cell("–")
+    return Cell(percent(rate.value), f"{interval_text(rate)} · {rate.successes}/{rate.n}")
+
+
+def draws_cell(draws: Draws | None) -> Cell:
+    """The mean of random draws in per cent, over their smallest and largest; a dash for none."""
+    if draws is None or not draws.n:
+        return Cell("–")
+    return Cell(percent(draws.mean), spread_text(draws))
+
+
+def other_models(found: Mapping[str, Any]) -> list[str]:
+    """The controls among results by condition, as a reader names them."""
+    return [f"{condition} model" for condition in found if condition != MAIN]
