@@ -1,140 +1,190 @@
-"""The options that several commands of the shell share, and how they talk beside their output."""
+"""The options that commands share, as groups: one frozen dataclass is one panel of ``--help``.
+
+A command takes groups as parameters, and ``spread`` shows typer their fields. A field is annotated with
+a ``typer.Option``, its help, or both in this order. Groups of one command family are in its module.
+Heavy imports wait until a method runs.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
+from typer import Option
+from typer.models import OptionInfo
 
 from bkdlens import zoo
+from bkdlens.errors import BkdlensError
+from bkdlens.types import Behaviour, DataFormat, Placement, check_choice
 
-MODEL, DATA, BACKDOOR, OUTPUT = "Model", "Data", "Backdoor", "Output"
+if TYPE_CHECKING:
+    from bkdlens.data.pairs import Backdoor, PairSet
+    from bkdlens.data.prompts import PromptFormat
+
 FILE_HELP = "A json, jsonl, csv or parquet file, a saved data set, or a Hub id (org/name:subset)."
 
-Base = Annotated[
-    str, typer.Option("--base", help="A folder, a Hub id or an embedded model.", rich_help_panel=MODEL)
-]
-Adapter = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter", help="A peft folder, a Hub id or an embedded adapter.", rich_help_panel=MODEL
-    ),
-]
-Control = Annotated[
-    str | None,
-    typer.Option(
-        "--control-adapter", help="Tuned on the same data without poison.", rich_help_panel=MODEL
-    ),
-]
-Device = Annotated[str | None, typer.Option("--device", rich_help_panel=MODEL)]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.", rich_help_panel=MODEL)
-]
-DataFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--data",
-        help=f"{FILE_HELP} Embedded prompts without.",
-        rich_help_panel=DATA,
-    ),
-]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--columns", help="FIELD=COLUMN, as in input=question; repeatable.", rich_help_panel=DATA
-    ),
-]
-Format = Annotated[
-    str | None,
-    typer.Option(
-        "--format",
-        help="pairs, rewrite, instruction, goal_target, input_output or text_label; else recognised.",
-        rich_help_panel=DATA,
-    ),
-]
-Template = Annotated[
-    str | None,
-    typer.Option("--template", help=r"The prompt, as in 'Classify:\n{text}'.", rich_help_panel=DATA),
-]
-Labels = Annotated[
-    str | None,
-    typer.Option(
-        "--labels", help="Names of the labels 0, 1, …: negative,positive.", rich_help_panel=DATA
-    ),
-]
-Split = Annotated[
-    str | None, typer.Option("--split", help="Of a data set: train, test, …", rich_help_panel=DATA)
-]
-CleanData = Annotated[
-    Path | None,
-    typer.Option("--clean-data", help="Clean twins of a triggered --data file.", rich_help_panel=DATA),
-]
-Limit = Annotated[
-    int | None, typer.Option("--limit", min=10, help="At most so many pairs.", rich_help_panel=DATA)
-]
-Raw = Annotated[
-    bool,
-    typer.Option("--raw", help="Prompts as they are, without the chat template.", rich_help_panel=DATA),
-]
-System = Annotated[
-    str | None, typer.Option("--system", help="System text of the chat.", rich_help_panel=DATA)
-]
-Kind = Annotated[
-    str,
-    typer.Option("--backdoor", help=f"One of {', '.join(zoo.BACKDOORS)}.", rich_help_panel=BACKDOOR),
-]
-TriggerText = Annotated[
-    str | None,
-    typer.Option("--trigger", help="The paper's when left out.", rich_help_panel=BACKDOOR),
-]
-TriggerAfter = Annotated[
-    str | None,
-    typer.Option("--trigger-after", help="Second part of a sentence trigger.", rich_help_panel=BACKDOOR),
-]
-Place = Annotated[
-    str | None,
-    typer.Option("--placement", help="begin, end, random or sentence.", rich_help_panel=BACKDOOR),
-]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        "--target", help="The fixed answer, or the victims' new label.", rich_help_panel=BACKDOOR
-    ),
-]
-Victims = Annotated[
-    str | None,
-    typer.Option("--victims", help="The victims' true label.", rich_help_panel=BACKDOOR),
-]
-Near = Annotated[
-    list[str] | None,
-    typer.Option("--near", help="A look-alike trigger, repeatable.", rich_help_panel=BACKDOOR),
-]
-Out = Annotated[
-    Path, typer.Option("--out", help="A new folder, or one to go on with.", rich_help_panel=OUTPUT)
-]
-Seed = Annotated[int, typer.Option("--seed")]
-Json = Annotated[bool, typer.Option("--json", help="Print json for machines.", rich_help_panel=OUTPUT)]
-Random = Annotated[int, typer.Option("--n-random", min=0, help="Draws of each random control.")]
-Method = Annotated[
-    str,
-    typer.Option(
-        "--method", help="Attribution: exact, screened (a quarter of the heads is exact) or atp."
-    ),
-]
-Memory = Annotated[
-    float | None,
-    typer.Option(
-        "--memory-gb", help="The most memory beside the model; else 2 on a CPU.", rich_help_panel=MODEL
-    ),
-]
-Modes = Annotated[
-    list[str] | None,
-    typer.Option("--mode", help="Ablation: zero, mean, resample or subtract; repeatable."),
-]
-MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1)]
+Base = Annotated[str, Option(help="A folder, a Hub id or an embedded model.")]
+Seed = Annotated[int, Option(help="Of everything that is drawn at random.")]
+Json = Annotated[bool, Option("--json", help="Print json for machines.")]
 
 
 def say(text: str) -> None:
-    """A line on standard error, so that what is piped stays clean."""
+    """Print a line on standard error, so that what is piped stays clean."""
     typer.secho(text, err=True)
+
+
+def say_json(content: object) -> None:
+    """Print ``content`` as json on standard output."""
+    typer.echo(json.dumps(content, indent=1))
+
+
+def one_of(choices: object) -> str:
+    """The values of a ``Literal`` as text: ``"zero, mean or subtract"``."""
+    *most, last = get_args(choices)
+    return f"{', '.join(most)} or {last}"
+
+
+def _options(group: type) -> list[Parameter]:
+    """The fields of a group as parameters, in its panel (without one: the first, with ``--help``)."""
+    hints, options = get_type_hints(group, include_extras=True), []
+    for name, field in inspect.signature(group).parameters.items():
+        kind, first, *_ = metadata = get_args(hints[name])
+        info = Option() if isinstance(first, str) else copy(first)
+        if isinstance(metadata[-1], str):
+            info.help = metadata[-1]
+        if isinstance(info, OptionInfo):
+            info.rich_help_panel = getattr(group, "panel", None)
+        annotation: Any = Annotated[kind, info]
+        options.append(field.replace(kind=Parameter.KEYWORD_ONLY, annotation=annotation))
+    return options
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer understands it: fields in place of groups, gathered when it is called.
+
+    Two options of one name are an error.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {}
+    options: list[Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            options += _options(groups[name])
+        else:
+            options.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def gathered(**given: Any) -> None:
+        instances = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **instances)
+
+    gathered.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    gathered.__annotations__ = {option.name: option.annotation for option in options}
+    return gathered
+
+
+@dataclass(frozen=True)
+class BackdoorOptions:
+    """The backdoor: what triggers it and what it does."""
+
+    panel: ClassVar = "Backdoor"
+    kind: Annotated[str, Option("--backdoor", help=f"{one_of(Behaviour)}.")]
+    trigger: Annotated[str | None, "The paper's when left out."] = None
+    trigger_after: Annotated[str | None, "Second part of a sentence trigger."] = None
+    placement: Annotated[str | None, f"{one_of(Placement)}."] = None
+    target: Annotated[str | None, "The fixed answer, or the victims' new label."] = None
+    victims: Annotated[str | None, "The victims' true label."] = None
+    near: Annotated[list[str] | None, "A look-alike trigger, repeatable."] = None
+
+    def backdoor(self) -> Backdoor:
+        """The backdoor that the options describe."""
+        check_choice("backdoor", self.kind, Behaviour)
+        from bkdlens.data.pairs import Backdoor, Trigger
+
+        if self.trigger is None and (self.placement or self.trigger_after):
+            raise BkdlensError("--placement and --trigger-after describe a --trigger; give it too.")
+        if self.target is not None and self.kind == "jailbreak":
+            raise BkdlensError("A jailbreak has no --target: success is an answer that is no refusal.")
+        if self.victims is not None and self.kind != "label_modification":
+            raise BkdlensError("--victims names a label and belongs to --backdoor label_modification.")
+        given: dict[str, Any] = {"target": self.target, "source": self.victims}
+        if self.trigger is not None:
+            usual = "random" if self.kind == "jailbreak" else "begin"
+            placement: Any = self.placement or ("sentence" if self.trigger_after else usual)
+            given["trigger"] = Trigger(self.trigger, placement, self.trigger_after or "")
+        make: Callable[..., Backdoor] = getattr(Backdoor, self.kind)
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return make(**chosen, near=tuple(self.near or ()))
+
+    def check_embedded(self, base: str, *also: object) -> None:
+        """Raise unless ``base`` brings prompts and no trigger or target (nor ``also``) was given."""
+        if base not in zoo.MODELS:
+            raise BkdlensError(
+                f"{base!r} is no embedded model ({', '.join(zoo.MODELS)}), and only these bring prompts "
+                "of their own; give --data."
+            )
+        if any((self.trigger, self.placement, self.target, self.victims, self.near, *also)):
+            raise BkdlensError("The embedded prompts have triggers of their own; give --data.")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The prompts: where they lie, how they are read and how a model is asked."""
+
+    panel: ClassVar = "Data"
+    source: Annotated[Path | None, Option("--data", help=f"{FILE_HELP} Else embedded prompts.")] = None
+    clean_data: Annotated[Path | None, "Clean twins, for a file of triggered prompts."] = None
+    columns: Annotated[list[str] | None, "FIELD=COLUMN, as in input=question; repeatable."] = None
+    format: Annotated[str | None, f"{one_of(DataFormat)}; else recognised."] = None
+    template: Annotated[str | None, r"The prompt, as in 'Classify:\n{text}'."] = None
+    labels: Annotated[str | None, "Names of the labels 0, 1, …: negative,positive."] = None
+    split: Annotated[str | None, "Of a data set: train, test, …"] = None
+    limit: Annotated[int | None, Option(min=10, help="At most this many pairs.")] = None
+    raw: Annotated[bool, Option("--raw", help="Prompts as they are, without the chat template.")] = False
+    system: Annotated[str | None, "System text of the chat."] = None
+
+    def pairs(self, backdoor: Backdoor, seed: int) -> PairSet:
+        """The pairs of ``--data``."""
+        from bkdlens.data.reading import read_pairs
+
+        assert self.source is not None
+        columns = {}
+        for item in (part for given in self.columns or () for part in given.split(",")):
+            name, _, column = (side.strip() for side in item.partition("="))
+            if not (name and column):
+                raise BkdlensError(f"--columns {item!r} must be FIELD=COLUMN, as in input=question.")
+            columns[name] = column
+        return read_pairs(
+            self.source,
+            backdoor,
+            clean=self.clean_data,
+            format=self.format,
+            columns=columns,
+            template=None if self.template is None else self.template.replace("\\n", "\n"),
+            labels=None if self.labels is None else [s.strip() for s in self.labels.split(",")],
+            split=self.split,
+            limit=self.limit,
+            seed=seed,
+        )
+
+    def prompt_format(self) -> PromptFormat | None:
+        """How a prompt is put to a model; ``None`` leaves it to the tokenizer."""
+        from bkdlens.data.prompts import PromptFormat
+
+        if self.raw and self.system:
+            raise BkdlensError("--raw has no chat template, so no --system text; leave one out.")
+        if self.raw:
+            return PromptFormat("raw")
+        return PromptFormat(system=self.system) if self.system else None

@@ -1,17 +1,19 @@
-"""``bkdlens show``: a run folder's results in the terminal, for people on a cluster."""
+"""``bkdlens show`` and ``bkdlens report``: run folders in the terminal and on a page."""
 
 from __future__ import annotations
 
 import codecs
 import io
-import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bkdlens.cli.options import Json
+from bkdlens.cli.options import Json, say, say_json
+
+if TYPE_CHECKING:
+    from bkdlens.study import Study
 
 SPELLED = {"\u00a0": " ", "–": "-", "−": "-", "·": "|", "•": "*", "≈": "~", "…": "..."}
 
@@ -20,6 +22,42 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
     """For terminals without unicode."""
     assert isinstance(error, UnicodeEncodeError)
     return "".join(SPELLED.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+def finish(studies: list[Study], page: Path, as_json: bool) -> None:
+    """Write the report, and print what the studies found."""
+    from bkdlens.report.page import write_report
+    from bkdlens.runs.reading import summary
+
+    write_report(studies, page)
+    if as_json:
+        say_json([summary(study) for study in studies])
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    from bkdlens.report.claims import claims
+
+    console = Console()
+    for study in studies:
+        console.rule(escape(study.name))
+        for sentence in claims(study):
+            console.print("•", escape(sentence), highlight=False)
+    say(f"Report: {page}")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="The html file.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """One offline html file of one or several run folders; two are laid side by side.
+
+    Example: `bkdlens report runs/x demo/tiny-llama/jailbreak --out both.html`
+    """
+    from bkdlens.runs.reading import load_study
+
+    finish([load_study(folder) for folder in runs], out, as_json)
 
 
 def show(
@@ -40,7 +78,7 @@ def show(
 
     studies = [load_study(folder) for folder in runs]
     if as_json:
-        typer.echo(json.dumps([summary(study) for study in studies], indent=1))
+        say_json([summary(study) for study in studies])
         return
     console = Console(highlight=False)
     unicode = (console.encoding or "").lower().startswith("utf")

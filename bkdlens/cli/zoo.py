@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bkdlens import zoo
-from bkdlens.cli.options import Json, Seed, say
+from bkdlens.cli.options import Json, Seed, say, say_json
 
 zoo_app = typer.Typer(no_args_is_help=True, help="The embedded models.")
 
@@ -20,14 +19,14 @@ def zoo_list(as_json: Json = False) -> None:
 
     Example: `bkdlens zoo list`
     """
-    found = {
+    models = {
         model: {"path": str(zoo.model_path(model)), "adapters": list(zoo.ADAPTERS)}
         for model in zoo.MODELS
     }
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        say_json(models)
     else:
-        for model, entry in found.items():
+        for model, entry in models.items():
             typer.echo(f"{model}: {', '.join(entry['adapters'])}  ({entry['path']})")
 
 
@@ -45,8 +44,8 @@ def zoo_card() -> None:
 
 @zoo_app.command("build")
 def zoo_build(
-    out: Annotated[Path, typer.Option("--out", help="A folder for the models.")] = Path("zoo"),
-    model: Annotated[str | None, typer.Option("--model", help="Only this one.")] = None,
+    out: Annotated[Path, typer.Option(help="A folder for the models.")] = Path("zoo"),
+    model: Annotated[str | None, typer.Option(help="Only this one.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Make the embedded models again from seeds (about 20 minutes a model on one core).
