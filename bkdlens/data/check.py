@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from bkdlens.data.pairs import Backdoor, Intake, PairSet, PromptPair
-from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt
+from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt, find_trigger
 from bkdlens.errors import DataError
 
 N_EXAMPLES = 3
@@ -141,29 +140,19 @@ def _lengths(pair: PromptPair, tokenizer: Tokenizer, fmt: PromptFormat) -> dict[
 def _trigger_tokens(
     pairs: PairSet, tokenizer: Tokenizer, fmt: PromptFormat
 ) -> tuple[tuple[tuple[str, int], ...], int, int]:
-    """How the trigger is split, in how many prompts a token reaches over its edge, and where it is not.
-
-    The tokens are those of the whole rendered prompt, by their places in its text.
-    """
-    trigger = pairs.backdoor.trigger
+    """The trigger's splits, and the numbers of prompts in which it is straddled and absent."""
     splits: Counter[str] = Counter()
     straddled = absent = 0
-    for pair in pairs:
-        text = fmt.render(tokenizer, pair.triggered)
-        if not trigger.present(pair.triggered) or not trigger.present(text):
+    for text in pairs.triggered:
+        try:
+            tokens = find_trigger(tokenizer, text, pairs.backdoor.trigger, fmt)
+        except DataError:  # a tokenizer that does not say where its tokens are
+            continue
+        if not tokens:
             absent += 1
             continue
-        if not getattr(tokenizer, "is_fast", False):
-            continue
-        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens, over = [], False
-        for start, end in trigger.spans(text):
-            for token, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                if a < end and b > start:
-                    tokens.append(tokenizer.convert_ids_to_tokens(token))
-                    over |= bool(text[a:start].strip()) or bool(text[end:b].strip())
-        splits[" ".join(tokens)] += 1
-        straddled += over
+        splits[" ".join(tokenizer.convert_ids_to_tokens([token.id for token in tokens]))] += 1
+        straddled += any(token.straddles for token in tokens)
     return tuple(splits.most_common()), straddled, absent
 
 
