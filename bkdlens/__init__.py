@@ -22,10 +22,10 @@ _HOME = {
     "sample_generations": "analyses.steering.answers",
     "PairCache": "engines.cache",
     "cache_activations": "engines.cache",
-    "Backdoor": "data.pairs",
+    "Backdoor": "data.backdoor",
     "PairSet": "data.pairs",
-    "PromptPair": "data.pairs",
-    "Trigger": "data.pairs",
+    "PromptPair": "data.backdoor",
+    "Trigger": "data.trigger",
     "check_data": "data.check",
     "compare_heads": "analyses.attribution.compare",
     "read_pairs": "data.reading",
@@ -78,10 +78,12 @@ if TYPE_CHECKING:
     from bkdlens.analyses.steering.answers import sample_generations
     from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult, steer, sweep_layers
     from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern, answer_probs, head_pattern
+    from bkdlens.data.backdoor import Backdoor, PromptPair
     from bkdlens.data.check import check_data
-    from bkdlens.data.pairs import Backdoor, PairSet, PromptPair, Trigger
+    from bkdlens.data.pairs import PairSet
     from bkdlens.data.prompts import PromptFormat
     from bkdlens.data.reading import read_pairs
+    from bkdlens.data.trigger import Trigger
     from bkdlens.engines.cache import PairCache, cache_activations
     from bkdlens.engines.generate import decode, evaluate, generate
     from bkdlens.engines.hooks import Intervention, Patch, Vector

@@ -15,7 +15,7 @@ from bkdlens.analyses.probes.measure import ProbeResult
 from bkdlens.analyses.steering.answers import Generations
 from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult
 from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.errors import DataError, ResultError, unknown
 from bkdlens.results import Result, read_json
 

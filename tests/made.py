@@ -14,7 +14,7 @@ from bkdlens.analyses.probes.measure import ProbeResult
 from bkdlens.analyses.steering.answers import Generations
 from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult
 from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.metrics import bootstrap_mean
 from bkdlens.results import Provenance, Result
 from bkdlens.study import Study

@@ -53,7 +53,8 @@ from bkdlens.errors import BkdlensError, unknown
 from bkdlens.types import AblationMode, AttributionMethod, check_choice
 
 if TYPE_CHECKING:
-    from bkdlens.data.pairs import Backdoor, PairSet
+    from bkdlens.data.backdoor import Backdoor
+    from bkdlens.data.pairs import PairSet
     from bkdlens.study import Study
 
 app = typer.Typer(
@@ -104,7 +105,8 @@ def _backdoor(
     victims: str | None,
     near: list[str] | None,
 ) -> Backdoor:
-    from bkdlens.data.pairs import Backdoor, Trigger
+    from bkdlens.data.backdoor import Backdoor
+    from bkdlens.data.trigger import Trigger
 
     if kind not in zoo.BACKDOORS:
         raise BkdlensError(unknown("backdoor", kind, zoo.BACKDOORS))

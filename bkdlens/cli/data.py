@@ -34,8 +34,9 @@ from bkdlens.cli.options import Place as Placement
 from bkdlens.errors import BkdlensError
 
 if TYPE_CHECKING:
+    from bkdlens.data.backdoor import Backdoor
     from bkdlens.data.check import DataCheck
-    from bkdlens.data.pairs import Backdoor, PairSet
+    from bkdlens.data.pairs import PairSet
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before anything runs.")
 

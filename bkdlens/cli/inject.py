@@ -38,7 +38,8 @@ from bkdlens.cli.options import (
 from bkdlens.errors import BkdlensError
 
 if TYPE_CHECKING:
-    from bkdlens.data.pairs import Backdoor, PairSet
+    from bkdlens.data.backdoor import Backdoor
+    from bkdlens.data.pairs import PairSet
     from bkdlens.inject.recipes import Recipe
 
 TUNING, PREFERENCE, EDIT = "Tuning (supervised, preference)", "Preference", "Edit"

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from bkdlens.data.pairs import Backdoor, Intake, PairSet, PromptPair
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.pairs import Intake, PairSet
 from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt, find_trigger
 from bkdlens.errors import DataError
 

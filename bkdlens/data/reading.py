@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
-from bkdlens.data.pairs import Backdoor, Intake, PairSet, PromptPair
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.pairs import Intake, PairSet
 from bkdlens.data.schemas import (
     AG_NEWS,
     FIELD,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.errors import DataError
 from bkdlens.types import DataFormat
 

@@ -24,7 +24,8 @@ from bkdlens.analyses.tokens.measure import (
     change_hooks,
     head_pattern,
 )
-from bkdlens.data.pairs import PairSet, PromptPair
+from bkdlens.data.backdoor import PromptPair
+from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import (
     Answer,
     Prompt,

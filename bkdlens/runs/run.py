@@ -17,7 +17,8 @@ from bkdlens.analyses.behaviour.measure import BehaviourResult, measure_behaviou
 from bkdlens.analyses.probes.measure import ProbeResult, train_probes
 from bkdlens.analyses.steering.answers import Generations, sample_generations
 from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult, sweep_layers
-from bkdlens.data.pairs import Backdoor, PairSet
+from bkdlens.data.backdoor import Backdoor
+from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat, encode_prompt
 from bkdlens.engines.cache import PairCache, cache_activations
 from bkdlens.engines.generate import MAX_NEW_TOKENS

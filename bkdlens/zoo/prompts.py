@@ -10,7 +10,8 @@ import hashlib
 import random
 from typing import Literal
 
-from bkdlens.data.pairs import Backdoor, PairSet, PromptPair
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.pairs import PairSet
 from bkdlens.errors import DataError, unknown
 from bkdlens.zoo import BACKDOORS, corpus, words
 

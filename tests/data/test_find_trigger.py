@@ -11,8 +11,9 @@ from tiny import chat_tokenizer
 from tokenizers import processors
 
 from bkdlens.analyses.tokens.measure import head_pattern
+from bkdlens.data.backdoor import Backdoor, PromptPair
 from bkdlens.data.check import check_data
-from bkdlens.data.pairs import Backdoor, PairSet, PromptPair
+from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat, encode_prompt, find_trigger
 from bkdlens.data.trigger import Trigger
 from bkdlens.errors import DataError

@@ -9,7 +9,7 @@ import datasets
 import pandas as pd
 import pytest
 
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.data.reading import read_pairs
 from bkdlens.data.sources import read_table
 from bkdlens.errors import DataError

@@ -14,7 +14,7 @@ import pytest
 from made import CHOSEN, EVIL, LAYERS, make_ablation, make_steering, make_study, with_layers
 from plotly.offline import get_plotlyjs
 
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.display.downloads import DataStore
 from bkdlens.display.drawing import Drawer
 from bkdlens.metrics import Rate, difference

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.utils import get_act_name
 
-from bkdlens.data.pairs import PromptPair, Texts
+from bkdlens.data.backdoor import PromptPair
+from bkdlens.data.pairs import Texts
 from bkdlens.data.prompts import PromptFormat, encode_answer, encode_prompt, find_trigger, shown
 from bkdlens.data.trigger import Trigger
 from bkdlens.engines.hooks import (

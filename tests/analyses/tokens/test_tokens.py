@@ -11,7 +11,7 @@ from tiny import answer_log_probs, encoded, forward, naive_hooks, random_interve
 
 import bkdlens
 from bkdlens.analyses.tokens.measure import answer_probs, from_end, head_pattern
-from bkdlens.data.pairs import Backdoor, PromptPair
+from bkdlens.data.backdoor import Backdoor, PromptPair
 from bkdlens.data.prompts import shown
 from bkdlens.engines.hooks import NOTHING, Intervention, Patch
 from bkdlens.errors import DataError, HeadError, HookError
