@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bkdlens.errors import DataError, unknown
+from bkdlens.errors import DataError, one_line, unknown
 from bkdlens.types import HUB_ID
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _file(path: Path) -> Table:
             return Table(path.name, _records(_frame(path)))
         rows = _json(path.read_text(encoding="utf-8-sig"), lines=path.suffix == ".jsonl")
     except (ValueError, OSError) as error:  # what json, pandas and pyarrow raise
-        raise DataError(f"{path.name} is not valid {path.suffix[1:]}: {_one_line(error)}.") from None
+        raise DataError(f"{path.name} is not valid {path.suffix[1:]}: {one_line(error)}.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path.name} must hold a list of objects, one a row.")
     return Table(path.name, rows)
@@ -126,7 +126,7 @@ def _saved(folder: Path, split: str | None) -> Table:
         return _data_set(datasets.load_from_disk(str(folder)), folder.name, split)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"The data set saved in {str(folder)!r} is damaged ({_one_line(error)}); save it again."
+            f"The data set saved in {str(folder)!r} is damaged ({one_line(error)}); save it again."
         ) from error
 
 
@@ -138,7 +138,7 @@ def _hub(name: str, subset: str | None, split: str | None) -> Table:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{name!r} is no file or folder here and could not be read as a data set of the Hugging "
-            f"Face Hub ({_one_line(error)}); check the name, the subset ('{name}:subset'), the split, "
+            f"Face Hub ({one_line(error)}); check the name, the subset ('{name}:subset'), the split, "
             "your access and your connection."
         ) from error
     name = f"{name}:{subset}" if subset else name
@@ -173,7 +173,3 @@ def _named(row: Mapping[str, Any], labels: Mapping[str, tuple[str, ...]]) -> Map
         value = named[column]
         named[column] = None if value is None or value < 0 else names[value]
     return named
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
