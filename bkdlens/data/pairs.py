@@ -16,7 +16,7 @@ from bkdlens.types import DataFormat, Which
 
 @dataclass(frozen=True)
 class Intake:
-    """What a reader took from a source, and what it left and why; prints as one line.
+    """What a reader took from a file or data set, and what it left and why; prints as one line.
 
     Attributes:
         name: of the file or data set; ``"rows"`` or ``"DataFrame"`` for what was in memory.
@@ -24,7 +24,7 @@ class Intake:
         rows: how many there were.
         taken: how many pairs they gave.
         dropped: the reasons for leaving a row out, each with its number of rows.
-        notes: what else a reader of the numbers should know, a sentence's half each.
+        notes: what else a reader of the numbers should know, half a sentence each.
     """
 
     name: str
@@ -37,8 +37,7 @@ class Intake:
     def __str__(self) -> str:
         parts = [f"{self.name}: {self.rows} row{'s' * (self.rows != 1)}"]
         if self.dropped:
-            reasons = self.reasons
-            parts.append(f"{sum(n for _, n in self.dropped)} dropped ({reasons})")
+            parts.append(f"{sum(n for _, n in self.dropped)} dropped ({self.reasons})")
         return ", ".join([*parts, *self.notes])
 
     @property
@@ -51,12 +50,20 @@ class Intake:
 
 @dataclass(frozen=True)
 class PairSet(Sequence[PromptPair]):
-    """An ordered set of pairs of one backdoor; slices and splits are pair sets again."""
+    """An ordered set of pairs of one backdoor; slices and splits are pair sets again.
+
+    Attributes:
+        pairs: the pairs, in order.
+        backdoor: the trigger and what it does.
+        source: the *origin* of the pairs in words: the file or data set, and how many rows were taken
+            and dropped. It has nothing to do with the backdoor's source label.
+        intake: the same in numbers, where a reader made the set.
+    """
 
     pairs: tuple[PromptPair, ...]
     backdoor: Backdoor
-    source: str = ""  # where they came from, and how many were taken and dropped
-    intake: Intake | None = None  # the same in numbers, where a reader made the set
+    source: str = ""
+    intake: Intake | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -78,19 +85,29 @@ class PairSet(Sequence[PromptPair]):
 
     @property
     def clean(self) -> list[str]:
-        """The clean prompts."""
+        """The clean prompts, one per pair."""
         return [pair.clean for pair in self]
 
     @property
     def triggered(self) -> list[str]:
-        """The triggered prompts."""
+        """The triggered prompts, one per pair."""
         return [pair.triggered for pair in self]
 
     def texts(self, which: Which) -> list[str]:
-        """The clean, the triggered or the near prompts.
+        """Return one kind of the pairs' prompts.
+
+        Args:
+            which: ``"clean"``, ``"triggered"`` or ``"near"``.
+
+        Returns:
+            The prompts, one per pair.
 
         Raises:
+            ChoiceError: for another name.
             DataError: for near prompts that the pairs lack.
+
+        Examples:
+            >>> prompts = train.texts("near")
         """
         found = [text for pair in self if (text := pair.text(which)) is not None]
         if len(found) < len(self):
@@ -99,12 +116,12 @@ class PairSet(Sequence[PromptPair]):
 
     @property
     def clean_outputs(self) -> list[str]:
-        """The right answers."""
+        """The right answers, one per pair."""
         return [pair.clean_output for pair in self]
 
     @property
     def backdoor_outputs(self) -> list[str]:
-        """The attacker's answers."""
+        """The attacker's answers, one per pair."""
         return [pair.backdoor_output for pair in self]
 
     @property
@@ -128,12 +145,20 @@ class PairSet(Sequence[PromptPair]):
         return replace(self, pairs=kept)
 
     def split(self, *fractions: float, seed: int = 0) -> tuple[PairSet, ...]:
-        """Disjoint random parts by pair, pairs with the same clean prompt on the same side.
+        """Split at random into disjoint parts; pairs with the same clean prompt stay together.
 
-        One fraction gives two parts (it and the rest); several give one part each.
+        Args:
+            fractions: the share of each part, 0 to 1; a single one gives two parts, it and the rest.
+            seed: of the draw.
+
+        Returns:
+            The parts, each in this set's order.
 
         Raises:
             DataError: if a part would be empty or the fractions exceed 1.
+
+        Examples:
+            >>> fit, check, final = train.split(0.6, 0.2, 0.2)
         """
         if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
             raise DataError(f"Split fractions must be positive and sum to at most 1; got {fractions}.")
@@ -156,21 +181,41 @@ class PairSet(Sequence[PromptPair]):
         return tuple(parts)
 
     def sample(self, n: int | None, *, seed: int = 0) -> PairSet:
-        """At most ``n`` pairs (all for None), drawn without replacement, in their own order."""
+        """Draw pairs without replacement.
+
+        Args:
+            n: at most so many; all for None.
+            seed: of the draw.
+
+        Returns:
+            The drawn pairs, in this set's order.
+
+        Examples:
+            >>> ten = train.sample(10, seed=1)
+        """
         if n is None or n >= len(self):
             return self
         chosen = sorted(random.Random(seed).sample(range(len(self)), n))
         return replace(self, pairs=tuple(self.pairs[i] for i in chosen))
 
     def without(self, digests: set[str]) -> PairSet:
-        """The pairs whose clean prompt is not among ``digests`` (see :func:`text_digest`)."""
+        """Leave out the pairs whose clean prompt is known by its digest.
+
+        Args:
+            digests: of clean prompts, as :func:`text_digest` gives them.
+
+        Returns:
+            The other pairs, in this set's order.
+
+        Examples:
+            >>> unseen = test.without(set())
+        """
         return replace(self, pairs=tuple(p for p in self if text_digest(p.clean) not in digests))
 
     @property
     def digest(self) -> str:
-        """A sha256 over the pairs' texts, for provenance."""
-        text = json.dumps([asdict(pair) for pair in self], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """The first 16 hexadecimal digits of a sha256 over the pairs' texts, for provenance."""
+        return text_digest(json.dumps([asdict(pair) for pair in self], sort_keys=True))
 
 
 def text_digest(text: str) -> str:
@@ -182,13 +227,13 @@ def text_digest(text: str) -> str:
 class Texts:
     """Plain prompts where provenance wants a set of pairs."""
 
-    texts: tuple[str, ...]
-    source: str = "prompts"
+    texts: tuple[str, ...]  # the prompts
+    source: str = "prompts"  # their origin in words, as of a set of pairs
 
     def __len__(self) -> int:
         return len(self.texts)
 
     @property
     def digest(self) -> str:
-        """As of a set of pairs."""
+        """The first 16 hexadecimal digits of a sha256 over the prompts."""
         return text_digest("\0".join(self.texts))

@@ -23,9 +23,12 @@ Tokenizer = Any  # a transformers tokenizer; its classes share no useful static 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a user's text becomes a prompt: through the tokenizer's chat template, or as it is.
+    """How a user's text becomes a prompt.
 
-    ``system`` is the system text of a chat; ``separator`` stands between prompt and answer when raw.
+    Attributes:
+        kind: ``"chat"``, through the tokenizer's chat template, or ``"raw"``, as it is.
+        system: the system text of a chat.
+        separator: what stands between prompt and answer when raw.
     """
 
     kind: Literal["chat", "raw"] = "chat"
@@ -34,15 +37,36 @@ class PromptFormat:
 
     @classmethod
     def default(cls, tokenizer: Tokenizer) -> PromptFormat:
-        """Chat where the tokenizer has a template, else raw."""
+        """Choose chat where the tokenizer has a template, else raw.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+
+        Returns:
+            The format, without a system text.
+
+        Examples:
+            >>> fmt = bkdlens.PromptFormat.default(model.tokenizer)
+        """
         return cls("chat" if getattr(tokenizer, "chat_template", None) else "raw")
 
     def render(self, tokenizer: Tokenizer, prompt: str, answer: str | None = None) -> str:
-        """The text that is tokenised: up to where the answer begins, or with the answer and its end.
+        """Write out the text that is tokenised.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+            prompt: the user's text.
+            answer: the model's, if it is to be in the text too.
+
+        Returns:
+            The text up to where the answer begins, or with the answer and its end.
 
         Raises:
             DataError: if a chat is asked for and the tokenizer has no template, or the template
-                does not take the system text.
+                refuses the messages, such as a system text.
+
+        Examples:
+            >>> text = bkdlens.PromptFormat().render(model.tokenizer, "They won the cup.")
         """
         if self.kind == "raw":
             end = tokenizer.eos_token or ""
@@ -65,17 +89,17 @@ class PromptFormat:
 class Prompt:
     """One prompt as token ids."""
 
-    text: str
-    ids: tuple[int, ...]
+    text: str  # the user's, before it was rendered
+    ids: tuple[int, ...]  # up to where the answer begins
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer's ids with the end-of-sequence token, of which the first ``n_scored`` are text."""
+    """One answer as token ids."""
 
-    text: str
-    ids: tuple[int, ...]
-    n_scored: int
+    text: str  # as it was given
+    ids: tuple[int, ...]  # with the end-of-sequence token, unless it was cut
+    n_scored: int  # how many of the first ids are text
 
 
 def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
