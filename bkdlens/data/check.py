@@ -164,7 +164,7 @@ def _trigger_tokens(
     for text in pairs.triggered:
         try:
             tokens = find_trigger(tokenizer, text, pairs.backdoor.trigger, fmt)
-        except DataError:  # a tokenizer that does not say where its tokens are
+        except DataError:  # the tokenizer tells no places, or the format refuses the text
             continue
         if not tokens:
             absent += 1

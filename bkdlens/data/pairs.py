@@ -109,10 +109,10 @@ class PairSet(Sequence[PromptPair]):
         Examples:
             >>> prompts = train.texts("near")
         """
-        found = [text for pair in self if (text := pair.text(which)) is not None]
-        if len(found) < len(self):
+        prompts = [text for pair in self if (text := pair.text(which)) is not None]
+        if len(prompts) < len(self):
             raise DataError("These pairs have no near-trigger prompts; name near triggers.")
-        return found
+        return prompts
 
     @property
     def clean_outputs(self) -> list[str]:
