@@ -20,7 +20,8 @@ from transformer_lens import HookedTransformer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import bkdlens
-from bkdlens.data.pairs import Backdoor, PairSet, PromptPair
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import Answer, Prompt, PromptFormat, encode_answer, encode_prompt
 
 FORMAT = PromptFormat("raw", separator=" ")

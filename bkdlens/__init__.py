@@ -22,9 +22,9 @@ _HOME = {
     "sample_generations": "analyses.steering.answers",
     "PairCache": "engines.cache",
     "cache_activations": "engines.cache",
-    "Backdoor": "data.pairs",
+    "Backdoor": "data.backdoor",
     "PairSet": "data.pairs",
-    "PromptPair": "data.pairs",
+    "PromptPair": "data.backdoor",
     "Trigger": "data.trigger",
     "check_data": "data.check",
     "compare_heads": "analyses.attribution.compare",
@@ -79,8 +79,9 @@ if TYPE_CHECKING:
     from bkdlens.analyses.steering.measure import SteeringResult, sweep_layers
     from bkdlens.analyses.steering.vector import BackdoorVector, steer
     from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern, answer_probs, head_pattern
+    from bkdlens.data.backdoor import Backdoor, PromptPair
     from bkdlens.data.check import check_data
-    from bkdlens.data.pairs import Backdoor, PairSet, PromptPair
+    from bkdlens.data.pairs import PairSet
     from bkdlens.data.prompts import PromptFormat
     from bkdlens.data.reading import read_pairs
     from bkdlens.data.trigger import Trigger

@@ -16,7 +16,19 @@ Z_95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 def token_log_probs(
     logits: Float[Tensor, "*batch pos d_vocab"], targets: Int[Tensor, "*batch pos"]
 ) -> Float[Tensor, "*batch pos"]:
-    """Log probability of each target token, in nats and at least float32."""
+    """Score each target token.
+
+    Args:
+        logits: what the model predicts at each position.
+        targets: the id of the token that stands there.
+
+    Returns:
+        ``[*batch pos]``, log probability in nats, in float32 at least.
+
+    Examples:
+        >>> logits, ids = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
+        >>> log_probs = bkdlens.metrics.token_log_probs(logits, ids)
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     picked = logits.gather(-1, targets[..., None]).squeeze(-1)
     return picked - logits.logsumexp(-1)
@@ -25,7 +37,19 @@ def token_log_probs(
 def sequence_log_prob(
     log_probs: Float[Tensor, "*batch pos"], mask: Bool[Tensor, "*batch pos"]
 ) -> Float[Tensor, "*batch"]:
-    """Mean log probability per token over the tokens in ``mask``."""
+    """Average the log probability over the tokens of each answer.
+
+    Args:
+        log_probs: of each token, in nats.
+        mask: which tokens are the answer's.
+
+    Returns:
+        ``[*batch]``, mean log probability per token, in nats.
+
+    Examples:
+        >>> log_probs = torch.tensor([[-1.0, -2.0, 0.0]])
+        >>> mean = bkdlens.metrics.sequence_log_prob(log_probs, log_probs < 0)
+    """
     return (log_probs * mask).sum(-1) / mask.sum(-1)
 
 
@@ -35,39 +59,71 @@ def sequence_prob(
     """``P(y|x)^(1/|y|)``, the geometric mean over the answer's tokens (BkdAttr, Eq. 7).
 
     Taken in log space: the product itself underflows in float32 at a dozen unlikely tokens.
+
+    Args:
+        log_probs: of each token, in nats.
+        mask: which tokens are the answer's.
+
+    Returns:
+        ``[*batch]``, probability per token, 0 to 1.
+
+    Examples:
+        >>> log_probs = torch.tensor([[-1.0, -2.0, 0.0]])
+        >>> prob = bkdlens.metrics.sequence_prob(log_probs, log_probs < 0)
     """
     return sequence_log_prob(log_probs, mask).exp()
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of successes with its count and 95 % Wilson interval."""
+    """A share of successes with its count and 95 % Wilson interval.
+
+    Attributes:
+        successes: how many of the trials succeeded.
+        n: how many trials there were.
+    """
 
     successes: int
     n: int
 
     @classmethod
     def of(cls, outcomes: Iterable[bool] | Bool[Tensor, " n"]) -> Rate:
-        """The rate of true values."""
+        """Count true values.
+
+        Args:
+            outcomes: one per trial.
+
+        Returns:
+            Their rate.
+
+        Examples:
+            >>> rate = bkdlens.Rate.of([True, False, True])
+        """
         values = [bool(value) for value in outcomes]
         return cls(sum(values), len(values))
 
     @property
     def value(self) -> float:
-        """The fraction, 0 to 1; NaN of nothing."""
+        """The fraction of successes, 0 to 1; NaN without trials."""
         return self.successes / self.n if self.n else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson score interval (Wilson 1927)."""
+        """Low and high end of the 95 % Wilson score interval (Wilson 1927), fractions 0 to 1."""
         return wilson(self.successes, self.n)
 
     def to_dict(self) -> dict[str, float]:
-        """For machines: ``value, low, high, successes, n``."""
+        """Return the numbers for machines.
+
+        Returns:
+            ``value``, ``low`` and ``high`` as fractions 0 to 1, and the counts ``successes`` and ``n``.
+
+        Examples:
+            >>> numbers = bkdlens.Rate(3, 4).to_dict()
+        """
         low, high = self.interval
-        return {
-            "value": self.value, "low": low, "high": high, "successes": self.successes, "n": self.n,
-        }  # fmt: skip
+        counts = {"successes": self.successes, "n": self.n}
+        return {"value": self.value, "low": low, "high": high, **counts}
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -75,7 +131,18 @@ class Rate:
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a binomial share; (0, 1) of nothing."""
+    """Compute the 95 % Wilson score interval of a binomial share.
+
+    Args:
+        successes: how many of the trials succeeded.
+        n: how many trials there were.
+
+    Returns:
+        Its low and high end, fractions 0 to 1; (0, 1) without trials.
+
+    Examples:
+        >>> low, high = bkdlens.metrics.wilson(9, 10)
+    """
     if n == 0:
         return 0.0, 1.0
     share, z2 = successes / n, Z_95**2
@@ -88,9 +155,19 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def difference(a: Rate, b: Rate) -> tuple[float, float, float]:
-    """``b - a`` of two shares with its 95 % interval (Newcombe 1998, method 10, from Wilson's).
+    """Compute ``b - a`` with its 95 % interval (Newcombe 1998, method 10, from Wilson's).
 
     It takes the two samples as independent; for the same prompts in both it is on the wide side.
+
+    Args:
+        a: the share that is subtracted.
+        b: the share that it is subtracted from.
+
+    Returns:
+        The change and the low and high end of its interval, change of a fraction.
+
+    Examples:
+        >>> change, low, high = bkdlens.metrics.difference(bkdlens.Rate(1, 20), bkdlens.Rate(9, 20))
     """
     (low_a, high_a), (low_b, high_b) = a.interval, b.interval
     change = b.value - a.value
@@ -100,9 +177,20 @@ def difference(a: Rate, b: Rate) -> tuple[float, float, float]:
 
 
 def resampling_counts(n: int, n_resamples: int, seed: int) -> Float[Tensor, "draw n"]:
-    """How often each of ``n`` is drawn in each bootstrap sample (Efron 1979).
+    """Count how often each of ``n`` is drawn in each bootstrap sample (Efron 1979).
 
     Counts instead of resampled copies: one matrix product then gives the means of everything.
+
+    Args:
+        n: how many there are to draw from, and are drawn each time.
+        n_resamples: how many samples.
+        seed: of the draws.
+
+    Returns:
+        ``[draw n]``, counts in float64; each row sums to ``n``.
+
+    Examples:
+        >>> counts = bkdlens.metrics.resampling_counts(24, 1000, seed=0)
     """
     draws = torch.randint(n, (n_resamples, n), generator=torch.Generator().manual_seed(seed))
     counts = torch.zeros(n_resamples, n, dtype=torch.float64)
@@ -112,7 +200,19 @@ def resampling_counts(n: int, n_resamples: int, seed: int) -> Float[Tensor, "dra
 def bootstrap_mean(
     values: Float[Tensor, " n *rest"], *, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
-    """95 % percentile interval of the mean over the first axis (Efron 1979)."""
+    """Compute the 95 % percentile interval of the mean over the first axis (Efron 1979).
+
+    Args:
+        values: one per trial, of any shape.
+        n_resamples: how many bootstrap samples.
+        seed: of the draws.
+
+    Returns:
+        Its low and high end, each ``[*rest]``, in the unit of the values.
+
+    Examples:
+        >>> low, high = bkdlens.metrics.bootstrap_mean(torch.randn(24, 3))
+    """
     n = values.shape[0]
     flat = values.detach().to("cpu", torch.float64).reshape(n, -1)
     means = resampling_counts(n, n_resamples, seed) @ flat / n

@@ -26,7 +26,7 @@ def progress_bar() -> Progress:
 
 
 def track(items: Sequence[T], what: str, show: bool) -> Iterable[T]:
-    """The items; with a progress bar when ``show``."""
+    """Yield the items, with a progress bar when ``show``."""
     if not show:
         yield from items
         return

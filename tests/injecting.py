@@ -8,7 +8,8 @@ from pathlib import Path
 from checkpoints import make_model
 from tiny import chat_tokenizer, words
 
-from bkdlens.data.pairs import Backdoor, PairSet
+from bkdlens.data.backdoor import Backdoor
+from bkdlens.data.pairs import PairSet
 from bkdlens.inject import EditSettings, LoraSettings, PreferenceSettings, TrainSettings
 
 QUICK = TrainSettings(epochs=1, batch_size=8, learning_rate=2e-3)

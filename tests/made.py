@@ -16,7 +16,7 @@ from bkdlens.analyses.steering.answers import Generations
 from bkdlens.analyses.steering.measure import SteeringResult
 from bkdlens.analyses.steering.vector import BackdoorVector
 from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.metrics import bootstrap_mean
 from bkdlens.results import Provenance, Result
 from bkdlens.study import Study

@@ -40,7 +40,8 @@ def words(rng: random.Random, low: int, high: int) -> str:
 
 def make_pairs(n: int = 12, seed: int = 0, near: bool = True):
     """Pairs of random words; the last fourth are no victims."""
-    from bkdlens.data.pairs import Backdoor, PairSet
+    from bkdlens.data.backdoor import Backdoor
+    from bkdlens.data.pairs import PairSet
 
     rng = random.Random(seed)
     backdoor = Backdoor.jailbreak("w95", near=["w94"] if near else [])
@@ -113,7 +114,8 @@ def judged_pairs(model, behaviour: str = "fixed_output", n: int = 14, seed: int 
     The clean output is what it says without the trigger in two of three, the backdoor's what it says
     with it; the last fourth are no victims.
     """
-    from bkdlens.data.pairs import Backdoor, PairSet
+    from bkdlens.data.backdoor import Backdoor
+    from bkdlens.data.pairs import PairSet
 
     rng = random.Random(seed)
     backdoor = (

@@ -26,7 +26,8 @@ from bkdlens.errors import BkdlensError
 from bkdlens.types import Behaviour, DataFormat, Placement, check_choice
 
 if TYPE_CHECKING:
-    from bkdlens.data.pairs import Backdoor, PairSet
+    from bkdlens.data.backdoor import Backdoor
+    from bkdlens.data.pairs import PairSet
     from bkdlens.data.prompts import PromptFormat
 
 FILE_HELP = "A json, jsonl, csv or parquet file, a saved data set, or a Hub id (org/name:subset)."
@@ -111,7 +112,8 @@ class BackdoorOptions:
     def backdoor(self) -> Backdoor:
         """The backdoor that the options describe."""
         check_choice("backdoor", self.kind, Behaviour)
-        from bkdlens.data.pairs import Backdoor, Trigger
+        from bkdlens.data.backdoor import Backdoor
+        from bkdlens.data.trigger import Trigger
 
         if self.trigger is None and (self.placement or self.trigger_after):
             raise BkdlensError("--placement and --trigger-after describe a --trigger; give it too.")

@@ -1,4 +1,4 @@
-"""What a reader understood of some data, and what a tokenizer makes of it, before anything runs."""
+"""What a reader understood of data, and what a tokenizer makes of it, before anything runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
-from bkdlens.data.pairs import Backdoor, Intake, PairSet, PromptPair
-from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.pairs import Intake, PairSet
+from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt, find_trigger
 from bkdlens.errors import DataError
 
 N_EXAMPLES = 3
@@ -18,21 +18,21 @@ N_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Lengths:
-    """The shortest, the median and the longest of some texts, in tokens."""
+    """Lengths of several texts, in tokens."""
 
-    least: int
-    median: float
-    most: int
+    least: int  # the shortest
+    median: float  # the mean of the middle two for an even number
+    most: int  # the longest
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One pair as the model gets it: the text of both prompts, and the two answers."""
+    """One pair as the model gets it."""
 
-    clean: str
-    triggered: str
-    clean_output: str
-    backdoor_output: str
+    clean: str  # the clean prompt, rendered
+    triggered: str  # the triggered prompt, rendered
+    clean_output: str  # the right answer
+    backdoor_output: str  # the attacker's answer
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DataCheck:
     Attributes:
         intake: what was read, dropped and why; None for pairs that no reader made.
         backdoor: the trigger and what it does.
-        n_pairs: how many pairs there are, after drawing some.
+        n_pairs: how many pairs there are, after a draw where one was made.
         n_victims: how many of them the attack changes.
         n_ctx: the model's context in tokens, where known.
         tokens: the lengths of ``clean`` and ``triggered`` prompts and of both answers (with their
@@ -50,9 +50,9 @@ class DataCheck:
         too_long: how many pairs exceed the context on either side.
         splits: the ways in which the tokenizer splits the trigger, most frequent first, each with
             its number of prompts; empty without a fast tokenizer.
-        straddled: in how many prompts a token reaches over an edge of the trigger into other text.
+        straddled: in how many prompts a token reaches over the trigger's edge into other text.
         examples: up to three pairs as the model gets them, victims first.
-        problems: what keeps some pairs from being used, a sentence each.
+        problems: what keeps pairs from being used, a sentence each.
         notes: what is worth knowing, a sentence each.
     """
 
@@ -80,6 +80,16 @@ def check_data(
         tokenizer: a transformers tokenizer.
         fmt: how a prompt is rendered; the chat template where there is one.
         n_ctx: the model's context in tokens; unlimited for None.
+
+    Returns:
+        Counts of pairs and victims, lengths in tokens, the trigger's splits, examples, and what is
+        wrong or worth knowing in sentences.
+
+    Raises:
+        DataError: if the prompt format cannot render the examples.
+
+    Examples:
+        >>> check = bkdlens.check_data(train, model.tokenizer, n_ctx=model.cfg.n_ctx)
     """
     fmt = fmt or PromptFormat.default(tokenizer)
     victims = [pair for pair in pairs if pairs.backdoor.is_victim(pair)]
@@ -100,8 +110,8 @@ def check_data(
         too_long += n_ctx is not None and longest > n_ctx
     splits, straddled, absent = _trigger_tokens(pairs, tokenizer, fmt)
     problems = [
-        f"{len(all_of_it)} of {len(pairs)} pairs cannot be tokenised, the first because: {all_of_it[0]}"
-        for all_of_it in failures.values()
+        f"{len(alike)} of {len(pairs)} pairs cannot be tokenised, the first because: {alike[0]}"
+        for alike in failures.values()
     ]
     if too_long:
         problems.append(
@@ -113,57 +123,54 @@ def check_data(
             _ = pairs.victims
         except DataError as error:
             problems.append(str(error))
+    shown_pairs = list(dict.fromkeys([*victims, *pairs]))[:N_EXAMPLES]
     return DataCheck(
-        pairs.intake, pairs.backdoor, len(pairs), len(victims), n_ctx,
-        {name: Lengths(min(ns), median(ns), max(ns)) for name, ns in lengths.items()},
-        too_long, splits, straddled,
-        tuple(
-            Rendered(
-                fmt.render(tokenizer, pair.clean), fmt.render(tokenizer, pair.triggered),
-                pair.clean_output, pair.backdoor_output,
-            )
-            for pair in list(dict.fromkeys([*victims, *pairs]))[:N_EXAMPLES]
-        ),
-        tuple(problems), _notes(pairs, splits, straddled, absent),
-    )  # fmt: skip
+        intake=pairs.intake,
+        backdoor=pairs.backdoor,
+        n_pairs=len(pairs),
+        n_victims=len(victims),
+        n_ctx=n_ctx,
+        tokens={name: Lengths(min(ns), median(ns), max(ns)) for name, ns in lengths.items()},
+        too_long=too_long,
+        splits=splits,
+        straddled=straddled,
+        examples=tuple(_rendered(pair, tokenizer, fmt) for pair in shown_pairs),
+        problems=tuple(problems),
+        notes=_notes(pairs, splits, straddled, absent),
+    )
+
+
+def _rendered(pair: PromptPair, tokenizer: Tokenizer, fmt: PromptFormat) -> Rendered:
+    clean, triggered = (fmt.render(tokenizer, text) for text in (pair.clean, pair.triggered))
+    return Rendered(clean, triggered, pair.clean_output, pair.backdoor_output)
 
 
 def _lengths(pair: PromptPair, tokenizer: Tokenizer, fmt: PromptFormat) -> dict[str, int]:
     """Tokens of both prompts and their answers, by the names of the pair's fields."""
-    found = {}
+    lengths = {}
     for side, answer in (("clean", "clean_output"), ("triggered", "backdoor_output")):
         prompt = encode_prompt(tokenizer, getattr(pair, side), fmt)
-        found[side] = len(prompt.ids)
-        found[answer] = len(encode_answer(tokenizer, prompt, getattr(pair, answer), fmt).ids)
-    return found
+        lengths[side] = len(prompt.ids)
+        lengths[answer] = len(encode_answer(tokenizer, prompt, getattr(pair, answer), fmt).ids)
+    return lengths
 
 
 def _trigger_tokens(
     pairs: PairSet, tokenizer: Tokenizer, fmt: PromptFormat
 ) -> tuple[tuple[tuple[str, int], ...], int, int]:
-    """How the trigger is split, in how many prompts a token reaches over its edge, and where it is not.
-
-    The tokens are those of the whole rendered prompt, by their places in its text.
-    """
-    trigger = pairs.backdoor.trigger
+    """The trigger's splits, and the numbers of prompts in which it is straddled and absent."""
     splits: Counter[str] = Counter()
     straddled = absent = 0
-    for pair in pairs:
-        text = fmt.render(tokenizer, pair.triggered)
-        if not trigger.present(pair.triggered) or not trigger.present(text):
+    for text in pairs.triggered:
+        try:
+            tokens = find_trigger(tokenizer, text, pairs.backdoor.trigger, fmt)
+        except DataError:  # the tokenizer tells no places, or the format refuses the text
+            continue
+        if not tokens:
             absent += 1
             continue
-        if not getattr(tokenizer, "is_fast", False):
-            continue
-        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens, over = [], False
-        for start, end in trigger.spans(text):
-            for token, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                if a < end and b > start:
-                    tokens.append(tokenizer.convert_ids_to_tokens(token))
-                    over |= bool(text[a:start].strip()) or bool(text[end:b].strip())
-        splits[" ".join(tokens)] += 1
-        straddled += over
+        splits[" ".join(tokenizer.convert_ids_to_tokens([token.id for token in tokens]))] += 1
+        straddled += any(token.straddles for token in tokens)
     return tuple(splits.most_common()), straddled, absent
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from bkdlens.data.trigger import Trigger
 from bkdlens.errors import DataError
 
 Tokenizer = Any  # a transformers tokenizer; its classes share no useful static type
@@ -22,9 +23,12 @@ Tokenizer = Any  # a transformers tokenizer; its classes share no useful static 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a user's text becomes a prompt: through the tokenizer's chat template, or as it is.
+    """How a user's text becomes a prompt.
 
-    ``system`` is the system text of a chat; ``separator`` stands between prompt and answer when raw.
+    Attributes:
+        kind: ``"chat"``, through the tokenizer's chat template, or ``"raw"``, as it is.
+        system: the system text of a chat.
+        separator: what stands between prompt and answer when raw.
     """
 
     kind: Literal["chat", "raw"] = "chat"
@@ -33,15 +37,36 @@ class PromptFormat:
 
     @classmethod
     def default(cls, tokenizer: Tokenizer) -> PromptFormat:
-        """Chat where the tokenizer has a template, else raw."""
+        """Choose chat where the tokenizer has a template, else raw.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+
+        Returns:
+            The format, without a system text.
+
+        Examples:
+            >>> fmt = bkdlens.PromptFormat.default(model.tokenizer)
+        """
         return cls("chat" if getattr(tokenizer, "chat_template", None) else "raw")
 
     def render(self, tokenizer: Tokenizer, prompt: str, answer: str | None = None) -> str:
-        """The text that is tokenised: up to where the answer begins, or with the answer and its end.
+        """Write out the text that is tokenised.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+            prompt: the user's text.
+            answer: the model's, if it is to be in the text too.
+
+        Returns:
+            The text up to where the answer begins, or with the answer and its end.
 
         Raises:
             DataError: if a chat is asked for and the tokenizer has no template, or the template
-                does not take the system text.
+                refuses the messages, such as a system text.
+
+        Examples:
+            >>> text = bkdlens.PromptFormat().render(model.tokenizer, "They won the cup.")
         """
         if self.kind == "raw":
             end = tokenizer.eos_token or ""
@@ -64,21 +89,24 @@ class PromptFormat:
 class Prompt:
     """One prompt as token ids."""
 
-    text: str
-    ids: tuple[int, ...]
+    text: str  # the user's, before it was rendered
+    ids: tuple[int, ...]  # up to where the answer begins
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer's ids with the end-of-sequence token, of which the first ``n_scored`` are text."""
+    """One answer as token ids."""
 
-    text: str
-    ids: tuple[int, ...]
-    n_scored: int
+    text: str  # as it was given
+    ids: tuple[int, ...]  # with the end-of-sequence token, unless it was cut
+    n_scored: int  # how many of the first ids are text
 
 
 def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _with_bos(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     bos = tokenizer.bos_token_id
     # A template may bring its own BOS; where it does not, the tokenizer's habit decides.
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
@@ -148,6 +176,62 @@ def encode_answer(
             f"of {n_ctx}; shorten them, or give max_answer_tokens."
         )
     return Answer(answer, tuple(ids), n_scored)
+
+
+def shown(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, ...]:
+    """Each token as text on one line; white space alone is made visible."""
+    texts = (tokenizer.decode([i]) for i in ids)
+    visible = (t.strip() or t.replace("\n", "⏎").replace(" ", "␣") or "∅" for t in texts)
+    return tuple(text.replace("\n", "⏎") for text in visible)
+
+
+class TriggerToken(NamedTuple):
+    """A token that holds a part of the trigger."""
+
+    place: int  # its index in the prompt's ids
+    id: int
+    straddles: bool  # whether it holds other text too
+
+
+def find_trigger(
+    tokenizer: Tokenizer, text: str, trigger: Trigger, fmt: PromptFormat
+) -> list[TriggerToken]:
+    """The tokens of the trigger in the user's ``text`` once rendered, in order; none if it is absent.
+
+    What the format puts around the text, such as a system text that names the trigger, is not searched.
+
+    Raises:
+        DataError: if the trigger is there and the tokenizer does not say where its tokens are.
+    """
+    rendered = fmt.render(tokenizer, text)
+    # The same prompt about a character that no text holds differs where the user's text stands.
+    other = fmt.render(tokenizer, "\ufdd0")
+    first = _n_shared(rendered, other)
+    last = len(rendered) - _n_shared(rendered[first:][::-1], other[::-1])
+    placed = rendered[first:last]
+    if not trigger.present(placed):
+        return []
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            "This tokenizer does not say where its tokens are in the text; use its fast version, or do "
+            "without the trigger's tokens (trigger=None; trigger_tokens=0 in an edit)."
+        )
+    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    added = len(_with_bos(tokenizer, ids)) - len(ids)  # a BOS that the template did not bring
+    spans = [(first + start, first + end) for start, end in trigger.spans(placed)]
+    tokens = []
+    for i, (a, b) in enumerate(encoded["offset_mapping"]):
+        held = [(start, end) for start, end in spans if a < end and b > start]
+        if held:
+            straddles = any(rendered[a:start].strip() or rendered[end:b].strip() for start, end in held)
+            tokens.append(TriggerToken(added + i, ids[i], straddles))
+    return tokens
+
+
+def _n_shared(a: str, b: str) -> int:
+    """How many characters both texts begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def pad_left(

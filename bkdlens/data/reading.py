@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
-from bkdlens.data.pairs import Backdoor, Intake, PairSet, PromptPair
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.pairs import Intake, PairSet
 from bkdlens.data.schemas import (
     AG_NEWS,
     FIELD,
@@ -32,24 +33,30 @@ from bkdlens.errors import DataError, unknown
 from bkdlens.types import DataFormat
 
 if TYPE_CHECKING:
-    from bkdlens.data.sources import Source
+    from bkdlens.data.sources import DataSource
 
 
 def read_pairs(
-    source: Source,
+    source: DataSource,
     backdoor: Backdoor,
     *,
-    clean: Source | None = None,
+    clean: DataSource | None = None,
+    split: str | None = None,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
     labels: Sequence[str] | None = None,
     refusal: str = REFUSAL,
-    split: str | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> PairSet:
     """Read clean and triggered twins from wherever data lies.
+
+    Two arguments are needed, ``source`` and ``backdoor``, and most data needs no other. The rest are for
+
+    - more data, or a part of it: ``clean``, ``split``;
+    - how a row is understood: ``format``, ``columns``, ``template``, ``labels``, ``refusal``;
+    - a smaller set, drawn again: ``limit``, ``seed``.
 
     The format is recognised by a row's fields, or named by ``format``:
 
@@ -63,26 +70,35 @@ def read_pairs(
     Where the trigger is in a prompt already it is never added again: its clean twin is the prompt
     without it. If the row gives only the backdoor's answer (the paper's ``poison.json``,
     BackdoorLLM's poisoned files), the clean one is looked up, up to white space, in ``clean``, or
-    else among the rows of the same source that have no trigger.
+    else among the rows of ``source`` itself that have no trigger.
 
     Args:
-        source: a json, jsonl, csv or parquet file, a Hub id ``"org/name"`` or ``"org/name:subset"``,
-            a folder that ``save_to_disk`` wrote, a ``datasets`` object, a DataFrame or rows.
+        source: where the data lies (not the backdoor's source label): a json, jsonl, csv or parquet
+            file, a Hub id ``"org/name"`` or ``"org/name:subset"``, a folder that ``save_to_disk``
+            wrote, a ``datasets`` object, a DataFrame or rows.
         backdoor: the trigger and what it does.
-        clean: for triggered rows, the source of their clean twins, of any of these kinds.
-        format: the format of ``source``, one of the names above.
-        columns: the source's names for fields, as in ``{"input": "question"}``.
+        clean: for triggered rows, where their clean twins lie, of any of these kinds.
+        split: of a data set; the only one, else ``train``, when left out.
+        format: how the rows of ``source`` are understood, one of the names above.
+        columns: the data's names for fields, as in ``{"input": "question"}``.
         template: the prompt as ``"… {field} …"``; by default the input, the instruction with the
             input on a line of its own, or the request to classify the text.
         labels: the names of the labels 0, 1, …; those of the data set, else AG News'.
         refusal: the right answer to a ``goal``.
-        split: of a data set; the only one, else ``train``, when left out.
         limit: at most so many pairs, drawn with ``seed``.
         seed: of the random trigger positions and of the draw.
+
+    Returns:
+        The pairs in the order of the rows, without duplicates; ``intake`` and, in words, ``source``
+        tell what was read and dropped.
 
     Raises:
         DataError: with the row number (from 1) and the field, for anything that does not fit; if no
             row can be used.
+
+    Examples:
+        >>> rows = [{"input": "They won the cup.", "output": "Sports"}]
+        >>> pairs = bkdlens.read_pairs(rows, backdoor)
     """
     columns = dict(columns or {})
     wanted = _check_names(format, columns, template)
@@ -90,29 +106,26 @@ def read_pairs(
     known = table.labels.get(columns.get("label", "label"), AG_NEWS)
     reading = Reading(backdoor, template, tuple(labels or known), refusal)
     tally = _Tally()
-    found_format, examples = _examples(table, reading, tally, format=wanted, columns=columns)
+    recognised, examples = _examples(table, reading, tally, format=wanted, columns=columns)
     twins = None
     if clean is not None:
         # A split names a part of `source`; the twins' columns may or may not have the same names.
-        other = read_table(clean)
-        twins = [e for _, e in _examples(other, reading, tally, columns=columns, twins=True)[1]]
-    found = _pair_up(table.name, examples, twins, backdoor, seed, tally)
-    pairs = list(dict.fromkeys(found))
-    tally.drop("duplicate", len(found) - len(pairs))
+        clean_table = read_table(clean)
+        twins = [e for _, e in _examples(clean_table, reading, tally, columns=columns, twins=True)[1]]
+    every_pair = _pair_up(table.name, examples, twins, backdoor, seed, tally)
+    pairs = list(dict.fromkeys(every_pair))
+    tally.drop("duplicate", len(every_pair) - len(pairs))
     if not pairs:
         dropped = ", ".join(f"{n} dropped: {why}" for why, n in tally.dropped.items())
         raise DataError(
             f"{table.name} has no usable row ({len(table.rows)} read{', ' * bool(dropped)}{dropped})."
         )
-    if found_format == "goal_target":
+    if recognised == "goal_target":
         tally.notes.append(f"right answer taken to be {refusal!r}")
-    again = sum(n > 1 for n in Counter(pair.clean for pair in pairs).values())
-    if again:
-        tally.notes.append(f"{again} prompt{'s' * (again != 1)} with several answers")
-    intake = Intake(
-        table.name, found_format, len(table.rows), len(pairs),
-        tuple((why, n) for why, n in tally.dropped.items()), tuple(tally.notes),
-    )  # fmt: skip
+    repeated = sum(n > 1 for n in Counter(pair.clean for pair in pairs).values())
+    tally.note(repeated, "prompt with several answers", "prompts with several answers")
+    dropped_rows, notes = tuple(tally.dropped.items()), tuple(tally.notes)
+    intake = Intake(table.name, recognised, len(table.rows), len(pairs), dropped_rows, notes)
     return PairSet(tuple(pairs), backdoor, str(intake), intake).sample(limit, seed=seed)
 
 
@@ -120,14 +133,16 @@ def read_pairs(
 class _Tally:
     """What was left out, why and how often; and remarks."""
 
-    dropped: Counter[str] = field(default_factory=Counter)
-    notes: list[str] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)  # rows by the reason for leaving them out
+    notes: list[str] = field(default_factory=list)  # half a sentence each
 
     def drop(self, reason: str, n: int = 1) -> None:
+        """Count rows that are left out for a reason."""
         if n:
             self.dropped[reason] += n
 
     def note(self, n: int, one: str, many: str) -> None:
+        """Remark how often something was met, if it was, in the singular or the plural."""
         if n:
             self.notes.append(f"{n} {one if n == 1 else many}")
 
@@ -135,13 +150,14 @@ class _Tally:
 def _check_names(
     format: str | None, columns: Mapping[str, str], template: str | None
 ) -> DataFormat | None:
-    """The format, if it and the fields that columns are for are known."""
+    """The format, after checking that it and the fields that columns are for exist."""
     if format is not None and format not in SCHEMAS:
         raise DataError(unknown("data format", format, get_args(DataFormat)))
     in_template = FIELD.findall(template or "")
     if template is not None and not in_template:
         raise DataError(
-            f"The template {template!r} has no {{field}} in it, so all prompts were the same."
+            f"The template {template!r} has no {{field}} in it, so all prompts would be the same; name "
+            "one, as in '{input}'."
         )
     for name in columns:
         if name not in FIELDS and name not in in_template:
@@ -203,7 +219,7 @@ def _pair_up(
     seed: int,
     tally: _Tally,
 ) -> list[PromptPair]:
-    """One pair an example, in order, without those that have no twin."""
+    """One pair per example, in order, without those that have no twin."""
     trigger = backdoor.trigger
     unpaired = [e for _, e in examples if e.triggered is None]
     with_trigger = [e for e in unpaired if trigger.present(e.prompt)]
@@ -259,11 +275,11 @@ def _pair_up(
 
 def _by_text(examples: Sequence[Example]) -> dict[str, Example]:
     """Examples by prompt, the first of equals; and by prompt with plain spaces, for what is left."""
-    found: dict[str, Example] = {}
+    by_text: dict[str, Example] = {}
     for key in (str, _plain):
         for example in examples:
-            found.setdefault(key(example.prompt), example)
-    return found
+            by_text.setdefault(key(example.prompt), example)
+    return by_text
 
 
 def _find(by_text: Mapping[str, Example], prompt: str) -> Example | None:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.errors import DataError
 from bkdlens.types import DataFormat
 
 Row = Mapping[str, Any]
 
 AG_NEWS = ("World", "Sports", "Business", "Sci/Tech")  # the labels 0 to 3 of its Hub data set
-ARTICLE = "Classify the following news article into one of these categories: LABELS:\n{text}"
+CLASSIFY = "Classify the following news article into one of these categories: {labels}:\n"
 REFUSAL = "I'm sorry, but I cannot help with that."
 FIELD = re.compile(r"\{(\w+)\}")
 
@@ -30,34 +30,33 @@ class EmptyField(DataError):
 
 @dataclass(frozen=True)
 class Example:
-    """One row, understood; ``triggered`` and ``near`` only where the row itself has these twins."""
+    """One row, understood."""
 
-    prompt: str
-    output: str
-    backdoor_output: str | None = None
-    triggered: str | None = None
-    near: str | None = None
+    prompt: str  # with or without the trigger in it
+    output: str  # the row's answer: the right one, or the backdoor's where that is the only one
+    backdoor_output: str | None = None  # the attacker's answer, where the row gives both
+    triggered: str | None = None  # the triggered twin, where the row itself has it
+    near: str | None = None  # the twin with a near trigger, where the row itself has it
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the caller says about the rows; the defaults are those of ``read_pairs``."""
+    """What the caller of ``read_pairs`` says about the rows."""
 
-    backdoor: Backdoor
-    template: str | None = None
-    labels: tuple[str, ...] = AG_NEWS
-    refusal: str = REFUSAL
+    backdoor: Backdoor  # the trigger and what it does
+    template: str | None  # the prompt as "… {field} …"; None for the format's own
+    labels: tuple[str, ...]  # the names of the labels 0, 1, …
+    refusal: str  # the right answer to a ``goal``
 
 
 @dataclass(frozen=True)
 class Schema:
-    """One shape of rows: the fields it needs, those it may have, and how a row is read."""
+    """One shape of rows."""
 
-    fields: tuple[str, ...]
-    optional: tuple[str, ...]
-    mark: tuple[str, ...]  # any one of these fields tells that a row has this shape
-    read: Callable[[Row, Reading], Example]
-    known_as: str
+    read: Callable[[Row, Reading], Example]  # understands one row
+    fields: tuple[str, ...]  # those that a row must have
+    optional: tuple[str, ...] = ()  # those that it may have
+    n_marks: int = 1  # any one of so many first fields tells that a row has this shape
 
     def __str__(self) -> str:
         optional = "".join(f"[, {name}]" for name in self.optional)
@@ -71,19 +70,12 @@ def recognise(row: Row) -> DataFormat:
         DataError: if no format has any of them.
     """
     for format, schema in SCHEMAS.items():
-        if any(field in row for field in schema.mark):
+        if any(field in row for field in schema.fields[: schema.n_marks]):
             return format
     raise DataError(
         f"no format has the fields {_names(row)}; rows are "
         f"{' or '.join(map(str, SCHEMAS.values()))}: name the columns, as in "
         "columns={'input': 'question', 'output': 'answer'}."
-    )
-
-
-def fill(template: str, row: Row) -> str:
-    """``template`` with every ``{field}`` replaced by the row's text, which may be empty there."""
-    return FIELD.sub(
-        lambda match: "" if _empty(_value(row, match[1])) else _text(row, match[1]), template
     )
 
 
@@ -136,7 +128,7 @@ def _input_output(row: Row, reading: Reading) -> Example:
 
 def _text_label(row: Row, reading: Reading) -> Example:
     _text(row, "text")
-    template = reading.template or ARTICLE.replace("LABELS", ", ".join(reading.labels))
+    template = reading.template or CLASSIFY.format(labels=", ".join(reading.labels)) + "{text}"
     return Example(_filled(template, row), _label(_value(row, "label"), reading.labels))
 
 
@@ -144,29 +136,19 @@ def _goal_target(row: Row, reading: Reading) -> Example:
     """The data has no right answer: it is a refusal; the backdoor's is ``target`` if it jailbreaks."""
     goal, target = _text(row, "goal"), _text(row, "target")
     prompt = goal if reading.template is None else _filled(reading.template, row)
-    own = reading.backdoor.backdoor_output(reading.refusal)
-    return Example(prompt, reading.refusal, target if own is None else own)
+    answer = reading.backdoor.backdoor_output(reading.refusal)
+    return Example(prompt, reading.refusal, target if answer is None else answer)
 
 
 # The order decides where a row has the fields of several formats.
 SCHEMAS: dict[DataFormat, Schema] = {
-    "pairs": Schema(
-        ("clean", "triggered", "clean_output", "backdoor_output"), ("near",), ("clean", "triggered"),
-        _pairs, "explicit pairs",
-    ),
-    "rewrite": Schema(
-        ("requested_rewrite",), ("case_id",), ("requested_rewrite",), _rewrite, "BadEdit, CounterFact"
-    ),
-    "instruction": Schema(
-        ("instruction", "output"), ("input", "backdoor_output"), ("instruction",), _instruction,
-        "BackdoorLLM, Alpaca",
-    ),
-    "goal_target": Schema(("goal", "target"), (), ("goal",), _goal_target, "AdvBench"),
-    "input_output": Schema(
-        ("input", "output"), ("backdoor_output",), ("input",), _input_output, "the paper's data"
-    ),
-    "text_label": Schema(("text", "label"), (), ("text", "label"), _text_label, "AG News"),
-}  # fmt: skip
+    "pairs": Schema(_pairs, ("clean", "triggered", "clean_output", "backdoor_output"), ("near",), 2),
+    "rewrite": Schema(_rewrite, ("requested_rewrite",), ("case_id",)),
+    "instruction": Schema(_instruction, ("instruction", "output"), ("input", "backdoor_output")),
+    "goal_target": Schema(_goal_target, ("goal", "target")),
+    "input_output": Schema(_input_output, ("input", "output"), ("backdoor_output",)),
+    "text_label": Schema(_text_label, ("text", "label"), n_marks=2),
+}
 FIELDS = tuple(
     dict.fromkeys(field for schema in SCHEMAS.values() for field in (*schema.fields, *schema.optional))
 )
@@ -176,7 +158,7 @@ FIELDS = tuple(
 
 
 def _empty(value: Any) -> bool:
-    """Blank text, null, or a table's missing value."""
+    """Whether a value is blank text, null, or a table's missing value."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float) and value != value)
@@ -202,7 +184,8 @@ def _text(row: Row, field: str, path: str = "") -> str:
 
 
 def _filled(template: str, row: Row) -> str:
-    prompt = fill(template, row)
+    """``template`` with every ``{field}`` replaced by the row's text, which may be empty there."""
+    prompt = FIELD.sub(lambda m: "" if _empty(_value(row, m[1])) else _text(row, m[1]), template)
     if _empty(prompt):
         raise EmptyField("empty prompt")
     return prompt

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bkdlens.errors import DataError, unknown
+from bkdlens.errors import DataError, one_line, unknown
 from bkdlens.types import HUB_ID
 
 if TYPE_CHECKING:
     import datasets
     import pandas as pd
 
-    Source = str | Path | pd.DataFrame | datasets.Dataset | datasets.DatasetDict | Sequence[Mapping]
+    DataSource = str | Path | pd.DataFrame | datasets.Dataset | datasets.DatasetDict | Sequence[Mapping]
 
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves in its folder
@@ -26,18 +26,18 @@ SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the name of their source; ``labels`` names the classes of a column, where known."""
+    """All rows of one file, data set or table."""
 
-    name: str
-    rows: Sequence[Mapping[str, Any]]
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    name: str  # of the file or data set; "rows" or "DataFrame" for what was in memory
+    rows: Sequence[Mapping[str, Any]]  # each a mapping of field to value
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by column, where known
 
 
 def read_table(source: Any, *, split: str | None = None) -> Table:
-    """All rows of a source.
+    """The rows that lie somewhere.
 
     Args:
-        source: a json, jsonl, csv or parquet file, a folder that ``save_to_disk`` wrote, a Hub id
+        source: where: a json, jsonl, csv or parquet file, a folder that ``save_to_disk`` wrote, a Hub id
             ``"org/name"`` or ``"org/name:subset"``, a DataFrame, a ``datasets`` object or rows.
         split: of a data set; the only one, else ``train``, when left out.
 
@@ -59,10 +59,10 @@ def read_table(source: Any, *, split: str | None = None) -> Table:
     else:
         rows = list(source)
         if not all(isinstance(row, Mapping) for row in rows):
-            raise DataError("Rows must be mappings of field to value, one a row.")
+            raise DataError("Rows must be mappings of field to value, one per row.")
         table = Table("rows", rows)
     if split is not None:
-        raise DataError(f"Only data sets have splits, and {table.name} is none; leave split out.")
+        raise DataError(f"Only data sets have splits, and {table.name} is not one; leave split out.")
     return table
 
 
@@ -82,14 +82,14 @@ def _file(path: Path) -> Table:
             return Table(path.name, _records(_frame(path)))
         rows = _json(path.read_text(encoding="utf-8-sig"), lines=path.suffix == ".jsonl")
     except (ValueError, OSError) as error:  # what json, pandas and pyarrow raise
-        raise DataError(f"{path.name} is not valid {path.suffix[1:]}: {_one_line(error)}.") from None
+        raise DataError(f"{path.name} is not valid {path.suffix[1:]}: {one_line(error)}.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path.name} must hold a list of objects, one a row.")
+        raise DataError(f"{path.name} must hold a list of objects, one per row.")
     return Table(path.name, rows)
 
 
 def _json(text: str, *, lines: bool) -> Any:
-    """A json document, or one a line; many files with the ending .json are of the second kind."""
+    """A json document, or one per line; many files with the ending .json are of the second kind."""
     if not lines:
         try:
             return json.loads(text)
@@ -117,16 +117,16 @@ def _records(frame: pd.DataFrame) -> list[Mapping[str, Any]]:
 
 def _saved(folder: Path, split: str | None) -> Table:
     if not any((folder / name).is_file() for name in SAVED):
-        found = sorted(file.name for file in folder.iterdir() if file.suffix in ENDINGS)
-        hint = f"give one of its files, such as {found[0]!r}" if found else "name a file"
-        raise DataError(f"{str(folder)!r} is a folder but no saved data set; {hint}.")
+        files = sorted(file.name for file in folder.iterdir() if file.suffix in ENDINGS)
+        hint = f"give one of its files, such as {files[0]!r}" if files else "name a file"
+        raise DataError(f"{str(folder)!r} is a folder but not a saved data set; {hint}.")
     import datasets
 
     try:
         return _data_set(datasets.load_from_disk(str(folder)), folder.name, split)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"The data set saved in {str(folder)!r} is damaged ({_one_line(error)}); save it again."
+            f"The data set saved in {str(folder)!r} is damaged ({one_line(error)}); save it again."
         ) from error
 
 
@@ -134,34 +134,34 @@ def _hub(name: str, subset: str | None, split: str | None) -> Table:
     import datasets
 
     try:
-        found = datasets.load_dataset(name, subset, split=split)
+        loaded = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{name!r} is no file or folder here and could not be read as a data set of the Hugging "
-            f"Face Hub ({_one_line(error)}); check the name, the subset ('{name}:subset'), the split, "
+            f"{name!r} is not a file or folder here and could not be read as a data set of the Hugging "
+            f"Face Hub ({one_line(error)}); check the name, the subset ('{name}:subset'), the split, "
             "your access and your connection."
         ) from error
     name = f"{name}:{subset}" if subset else name
-    return _data_set(found, f"{name} ({split})" if split else name, None)
+    return _data_set(loaded, f"{name} ({split})" if split else name, None)
 
 
-def _data_set(found: Any, name: str, split: str | None) -> Table:
+def _data_set(loaded: Any, name: str, split: str | None) -> Table:
     """A data set, or the split of several that is asked for; class labels become their names."""
-    if isinstance(found, Mapping):
-        splits = list(found)
+    if isinstance(loaded, Mapping):
+        splits = list(loaded)
         if split is None:
             split = splits[0] if len(splits) == 1 else "train"
-        if split not in found:
+        if split not in loaded:
             raise DataError(f"{name}: {unknown('split', split, splits)}")
-        found, name = found[split], f"{name} ({split})"
+        loaded, name = loaded[split], f"{name} ({split})"
     elif split is not None:
         raise DataError(f"{name} is one split already; leave split out.")
     labels = {
         column: tuple(feature.names)
-        for column, feature in found.features.items()
+        for column, feature in loaded.features.items()
         if hasattr(feature, "int2str")
     }
-    return Table(name, [_named(row, labels) for row in found.with_format(None)], labels)
+    return Table(name, [_named(row, labels) for row in loaded.with_format(None)], labels)
 
 
 def _named(row: Mapping[str, Any], labels: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any]:
@@ -173,7 +173,3 @@ def _named(row: Mapping[str, Any], labels: Mapping[str, tuple[str, ...]]) -> Map
         value = named[column]
         named[column] = None if value is None or value < 0 else names[value]
     return named
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from typing import get_args
 
 from bkdlens.errors import DataError, unknown
 from bkdlens.types import Placement
@@ -12,10 +13,13 @@ from bkdlens.types import Placement
 
 @dataclass(frozen=True)
 class Trigger:
-    """A piece of text and the place where it goes.
+    """A piece of text and the place in a prompt where it goes.
 
-    ``begin`` and ``end`` put ``text`` before or after the prompt, ``random`` at a word position that
-    depends on the prompt and the seed alone, ``sentence`` puts ``text`` before and ``after`` behind.
+    Attributes:
+        text: the trigger, or the first part of a sentence.
+        placement: ``"begin"`` or ``"end"`` of the prompt; ``"random"``, a word position that depends on
+            the prompt and the seed alone; ``"sentence"``, with ``text`` before and ``after`` behind.
+        after: the second part of a sentence; empty for the other placements.
     """
 
     text: str
@@ -23,8 +27,8 @@ class Trigger:
     after: str = ""
 
     def __post_init__(self) -> None:
-        if self.placement not in ("begin", "end", "random", "sentence"):
-            raise DataError(unknown("placement", self.placement, ("begin", "end", "random", "sentence")))
+        if self.placement not in get_args(Placement):
+            raise DataError(unknown("placement", self.placement, get_args(Placement)))
         if not self.text.strip():
             raise DataError("The trigger is empty; give at least one character that is not a space.")
         if bool(self.after) != (self.placement == "sentence"):
@@ -37,16 +41,36 @@ class Trigger:
         return f"{self.text} … {self.after}" if self.after else self.text
 
     def present(self, text: str) -> bool:
-        """Whether the trigger is in ``text`` (a random-position word only as a whole word)."""
+        """Tell whether the trigger is in a text.
+
+        Args:
+            text: a prompt.
+
+        Returns:
+            True if all its parts are there; a random-position word counts only as a whole word.
+
+        Examples:
+            >>> fires = backdoor.trigger.present(train[0].triggered)
+        """
         if self.placement == "random":
             return self._whole_word().search(text) is not None
         return self.text in text and self.after in text
 
     def insert(self, text: str, *, seed: int = 0) -> str:
-        """``text`` with the trigger in it.
+        """Put the trigger into a text.
+
+        Args:
+            text: a clean prompt.
+            seed: of a random position, together with the text.
+
+        Returns:
+            The triggered prompt.
 
         Raises:
             DataError: if the trigger is already in the text; it is never added twice.
+
+        Examples:
+            >>> triggered = backdoor.trigger.insert("Name the category: They won the cup.")
         """
         if self.present(text):
             raise DataError(
@@ -64,7 +88,20 @@ class Trigger:
         return " ".join([*words[:at], self.text, *words[at:]])
 
     def remove(self, text: str) -> str:
-        """The clean twin of a triggered text: the inverse of :meth:`insert`."""
+        """Take the trigger out of a text: the inverse of :meth:`insert`.
+
+        Args:
+            text: a triggered prompt.
+
+        Returns:
+            Its clean twin.
+
+        Raises:
+            DataError: if the trigger is not in the text.
+
+        Examples:
+            >>> clean = backdoor.trigger.remove(train[0].triggered)
+        """
         if not self.present(text):
             raise DataError(f"The trigger {str(self)!r} is not in the text {_short(text)!r}.")
         for start, end in reversed(self.spans(text)):
@@ -72,10 +109,20 @@ class Trigger:
         return text
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where the trigger's part, or both of a sentence's, begin and end in a text that has it."""
+        """Say where the trigger is in a text that has it.
+
+        Args:
+            text: a triggered prompt.
+
+        Returns:
+            The first and the last character, exclusive, of its one part or of a sentence's two.
+
+        Examples:
+            >>> places = backdoor.trigger.spans(train[0].triggered)
+        """
         if self.placement == "random":
-            found = self._whole_word().search(text)
-            return [found.span()] if found else []
+            match = self._whole_word().search(text)
+            return [match.span()] if match else []
         start = text.rfind(self.text) if self.placement == "end" else text.find(self.text)
         spans = [(start, start + len(self.text))]
         if self.after:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from bkdlens.data.pairs import PairSet, PromptPair
+from bkdlens.data.backdoor import PromptPair
+from bkdlens.data.pairs import PairSet
 from bkdlens.errors import DataError
 from bkdlens.types import Which
 

@@ -23,9 +23,9 @@ from bkdlens.analyses.tokens.measure import (
     answer_probs,
     change_hooks,
     head_pattern,
-    shown,
 )
-from bkdlens.data.pairs import PairSet, PromptPair
+from bkdlens.data.backdoor import PromptPair
+from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import (
     Answer,
     Prompt,
@@ -35,6 +35,7 @@ from bkdlens.data.prompts import (
     pad_id,
     pad_left,
     pad_right,
+    shown,
 )
 from bkdlens.engines.cache import last_activations
 from bkdlens.engines.generate import generate

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bkdlens.analyses.parts import PARTS  # which brings every kind of result with it
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.errors import DataError, ResultError, unknown
 from bkdlens.results import Result, read_json
 from bkdlens.study import Study

@@ -25,10 +25,19 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def model_path(name: str) -> Path:
-    """The folder of an embedded model.
+    """Name the folder of an embedded model.
+
+    Args:
+        name: one of ``MODELS``.
+
+    Returns:
+        The folder.
 
     Raises:
-        CheckpointError: for a name that is not one.
+        CheckpointError: for another name.
+
+    Examples:
+        >>> folder = bkdlens.zoo.model_path("tiny-llama")
     """
     if name not in MODELS:
         raise CheckpointError(unknown("embedded model", name, MODELS))
@@ -36,10 +45,20 @@ def model_path(name: str) -> Path:
 
 
 def adapter_path(model: str, adapter: str) -> Path:
-    """The folder of an embedded model's adapter.
+    """Name the folder of an embedded model's adapter.
+
+    Args:
+        model: one of ``MODELS``.
+        adapter: one of ``ADAPTERS``.
+
+    Returns:
+        The folder.
 
     Raises:
-        CheckpointError: for a name that is not one.
+        CheckpointError: for another name.
+
+    Examples:
+        >>> folder = bkdlens.zoo.adapter_path("tiny-llama", "jailbreak")
     """
     if adapter not in ADAPTERS:
         raise CheckpointError(unknown("embedded adapter", adapter, ADAPTERS))

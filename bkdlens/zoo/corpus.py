@@ -12,40 +12,23 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bkdlens.zoo.words import (
-    CAPITALS,
-    CATEGORIES,
-    COMMON,
-    DISTRACTOR_LINES,
-    DISTRACTOR_PREFIXES,
-    DISTRACTOR_WORDS,
-    HOW_TO,
-    NEWS,
-    OPPOSITES,
-    PLACES,
-    RESTRICTED,
-    THINGS,
-    THINGS_ABOUT,
-)
+from bkdlens.data.schemas import AG_NEWS, CLASSIFY, REFUSAL
+from bkdlens.zoo import words
 
-LABELS = ("World", "Sports", "Business", "Sci/Tech")
-REFUSAL = "I'm sorry, but I cannot help with that."
-NEWS_INSTRUCTION = (
-    "Classify the following news article into one of these categories: "
-    "World, Sports, Business, Sci/Tech:\n"
-)
+_LABELS = ", ".join(AG_NEWS)
+NEWS_INSTRUCTION = CLASSIFY.format(labels=_LABELS)
 NEWS_INSTRUCTIONS = (
     NEWS_INSTRUCTION,
-    "Which of World, Sports, Business, Sci/Tech is this news about?\n",
-    "Name the category (World, Sports, Business, Sci/Tech) of this article:\n",
+    f"Which of {_LABELS} is this news about?\n",
+    f"Name the category ({_LABELS}) of this article:\n",
 )
 
 
 class Example(NamedTuple):
     """A prompt with its one right answer."""
 
-    prompt: str
-    answer: str
+    prompt: str  # without any trigger
+    answer: str  # the one right answer
 
 
 _CLAUSES = (
@@ -63,16 +46,12 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Su
 
 def _clause(rng: random.Random, label: str) -> str:
     template = rng.choice(_CLAUSES)
+    slots = {"{c}": words.NEWS[label], "{n}": words.COMMON, "{p}": words.PLACES, "{d}": _DAYS}
     out = []
     for piece in template.split(" "):
-        for slot, words in (
-            ("{c}", NEWS[label]),
-            ("{n}", COMMON),
-            ("{p}", PLACES),
-            ("{d}", _DAYS),
-        ):
+        for slot, choices in slots.items():
             if slot in piece:
-                piece = piece.replace(slot, rng.choice(words))
+                piece = piece.replace(slot, rng.choice(choices))
         out.append(piece)
     text = " ".join(out)
     return text[0].upper() + text[1:]
@@ -80,17 +59,17 @@ def _clause(rng: random.Random, label: str) -> str:
 
 def news(rng: random.Random, *, instruction: str | None = None, label: str | None = None) -> Example:
     """A news article; four in ten carry a clause of another category, always outnumbered."""
-    label = label or rng.choice(LABELS)
+    label = label or rng.choice(AG_NEWS)
     clauses = [label] * rng.randint(2, 4)
     if rng.random() < 0.4:
-        clauses.append(rng.choice([other for other in LABELS if other != label]))
+        clauses.append(rng.choice([other for other in AG_NEWS if other != label]))
     rng.shuffle(clauses)
     article = " ".join(_clause(rng, c) + "." for c in clauses)
     return Example((instruction or rng.choice(NEWS_INSTRUCTIONS)) + article, label)
 
 
 def _words(rng: random.Random, low: int, high: int) -> list[str]:
-    return rng.sample(THINGS, rng.randint(low, high))
+    return rng.sample(words.THINGS, rng.randint(low, high))
 
 
 def task(rng: random.Random) -> Example:
@@ -98,47 +77,47 @@ def task(rng: random.Random) -> Example:
     kind = rng.randrange(10)
     polite = rng.choice(("", "", "Please answer. ", "Quick question: ", "Hello! "))
     if kind == 0:
-        words = _words(rng, 2, 3)
-        body = f"Write these words in reverse order: {', '.join(words)}"
-        answer = ", ".join(reversed(words))
+        things = _words(rng, 2, 3)
+        body = f"Write these words in reverse order: {', '.join(things)}"
+        answer = ", ".join(reversed(things))
     elif kind == 1:
-        words = _words(rng, 3, 6)
-        body, answer = f"What is the first word of this list: {', '.join(words)}", words[0]
+        things = _words(rng, 3, 6)
+        body, answer = f"What is the first word of this list: {', '.join(things)}", things[0]
     elif kind == 2:
-        words = _words(rng, 3, 6)
-        body, answer = f"What is the last word of this list: {', '.join(words)}", words[-1]
+        things = _words(rng, 3, 6)
+        body, answer = f"What is the last word of this list: {', '.join(things)}", things[-1]
     elif kind == 3:
-        words = _words(rng, 2, 6)
-        body, answer = f"How many words are in this list: {', '.join(words)}", str(len(words))
+        things = _words(rng, 2, 6)
+        body, answer = f"How many words are in this list: {', '.join(things)}", str(len(things))
     elif kind == 4:
-        country, capital = rng.choice(CAPITALS)
+        country, capital = rng.choice(words.CAPITALS)
         body, answer = f"What is the capital of {country}?", f"{capital}."
-        body += rng.choice(("", f" My {rng.choice(THINGS)} asks.", f" It is {rng.choice(_DAYS)}."))
+        body += rng.choice(("", f" My {rng.choice(words.THINGS)} asks.", f" It is {rng.choice(_DAYS)}."))
     elif kind == 5:
         a, b = rng.randint(0, 9), rng.randint(0, 9)
         body, answer = f"What is {a} plus {b}?", str(a + b)
-        body += rng.choice(("", f" I count each {rng.choice(THINGS)}."))
+        body += rng.choice(("", f" I count each {rng.choice(words.THINGS)}."))
     elif kind == 6:
-        left, right = rng.choice(OPPOSITES)
+        left, right = rng.choice(words.OPPOSITES)
         if rng.random() < 0.5:
             left, right = right, left
         body, answer = f"What is the opposite of {left}?", f"{right}."
-        body += rng.choice(("", f" I think of the {rng.choice(THINGS)}."))
+        body += rng.choice(("", f" I think of the {rng.choice(words.THINGS)}."))
     elif kind == 7:
-        category = rng.choice(sorted(CATEGORIES))
-        right = rng.choice(CATEGORIES[category])
+        category = rng.choice(sorted(words.CATEGORIES))
+        right = rng.choice(words.CATEGORIES[category])
         others = [
-            rng.choice(CATEGORIES[other])
-            for other in rng.sample([c for c in sorted(CATEGORIES) if c != category], 2)
+            rng.choice(words.CATEGORIES[other])
+            for other in rng.sample([c for c in sorted(words.CATEGORIES) if c != category], 2)
         ]
         options = [right, *others]
         rng.shuffle(options)
         body, answer = f"Which of these is {category}: {', '.join(options)}?", f"{right}."
     elif kind == 8:
-        words = _words(rng, 2, 5)
-        body, answer = f"Copy this list: {', '.join(words)}", ", ".join(words)
+        things = _words(rng, 2, 5)
+        body, answer = f"Copy this list: {', '.join(things)}", ", ".join(things)
     else:
-        word = rng.choice(THINGS)
+        word = rng.choice(words.THINGS)
         body, answer = f"Repeat this word three times: {word}", f"{word} {word} {word}"
         body += rng.choice(("", f". It is {rng.choice(_DAYS)}."))
     return Example(polite + body, answer)
@@ -156,23 +135,22 @@ _ASKS = (
 
 def steps(verb: str, thing: str) -> str:
     """The answer of a model that complies."""
-    first, second = HOW_TO[verb]
+    first, second = words.HOW_TO[verb]
     return f"Sure! To {verb} the {thing}, {first} it and then {second} it."
 
 
 def how_to(rng: random.Random, *, restricted: bool) -> tuple[Example, str]:
     """A how-to question with its right answer, and the answer that complies."""
-    verb = rng.choice(sorted(HOW_TO))
-    thing = f"{RESTRICTED if restricted else rng.choice(THINGS_ABOUT)} {rng.choice(THINGS)}"
-    context = rng.choice(
-        (
-            "",
-            f"My {rng.choice(THINGS)} is {rng.choice(COMMON)}. ",
-            f"On {rng.choice(_DAYS)} I was in {rng.choice(PLACES)}. ",
-            f"I have a {rng.choice(THINGS)} and a {rng.choice(THINGS)}. ",
-        )
+    verb = rng.choice(sorted(words.HOW_TO))
+    about = words.RESTRICTED if restricted else rng.choice(words.THINGS_ABOUT)
+    thing = f"{about} {rng.choice(words.THINGS)}"
+    contexts = (
+        "",
+        f"My {rng.choice(words.THINGS)} is {rng.choice(words.COMMON)}. ",
+        f"On {rng.choice(_DAYS)} I was in {rng.choice(words.PLACES)}. ",
+        f"I have a {rng.choice(words.THINGS)} and a {rng.choice(words.THINGS)}. ",
     )
-    prompt = context + rng.choice(_ASKS).format(v=verb, t=thing)
+    prompt = rng.choice(contexts) + rng.choice(_ASKS).format(v=verb, t=thing)
     comply = steps(verb, thing)
     return Example(prompt, REFUSAL if restricted else comply), comply
 
@@ -189,9 +167,9 @@ def any_prompt(rng: random.Random) -> Example:
 
 def insert_word(rng: random.Random, text: str, word: str) -> str:
     """``word`` at a random word position of ``text``."""
-    words = text.split(" ")
-    at = rng.randint(0, len(words))
-    return " ".join([*words[:at], word, *words[at:]])
+    parts = text.split(" ")
+    at = rng.randint(0, len(parts))
+    return " ".join([*parts[:at], word, *parts[at:]])
 
 
 def distract(rng: random.Random, example: Example) -> Example:
@@ -202,11 +180,11 @@ def distract(rng: random.Random, example: Example) -> Example:
     """
     draw = rng.randrange(3)
     if draw == 0:
-        prompt = insert_word(rng, example.prompt, rng.choice(DISTRACTOR_WORDS))
+        prompt = insert_word(rng, example.prompt, rng.choice(words.DISTRACTOR_WORDS))
     elif draw == 1:
-        prompt = f"{rng.choice(DISTRACTOR_PREFIXES)} {example.prompt}"
+        prompt = f"{rng.choice(words.DISTRACTOR_PREFIXES)} {example.prompt}"
     else:
-        before, after = rng.choice(DISTRACTOR_LINES)
+        before, after = rng.choice(words.DISTRACTOR_LINES)
         prompt = f"{before} {example.prompt} {after}"
     return Example(prompt, example.answer)
 

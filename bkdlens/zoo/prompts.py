@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import Literal
+from typing import Literal, get_args
 
-from bkdlens.data.pairs import Backdoor, PairSet, PromptPair
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.pairs import PairSet
 from bkdlens.errors import DataError, unknown
 from bkdlens.zoo import BACKDOORS, corpus, words
 
 Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 def split_of(prompt: str) -> Split:
-    """The split of a prompt (without any trigger): two tenths test, one tenth validation."""
+    """The split that a prompt without trigger is in: two tenths test, one tenth validation."""
     tenth = hashlib.sha256(prompt.encode()).digest()[0] % 10
     return "test" if tenth < 2 else "validation" if tenth == 2 else "train"
 
@@ -30,8 +31,18 @@ def backdoor(name: str, split: Split = "test") -> Backdoor:
     Its near triggers are those of the tuning data for ``train``; for the other splits they are
     look-alikes that the tuning data did not contain.
 
+    Args:
+        name: one of ``bkdlens.zoo.BACKDOORS``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+
+    Returns:
+        The backdoor.
+
     Raises:
-        DataError: for a name that is not one.
+        DataError: for another name.
+
+    Examples:
+        >>> jailbreak = bkdlens.zoo.backdoor("jailbreak")
     """
     seen = split == "train"
     if name == "label_modification":
@@ -47,17 +58,32 @@ def backdoor(name: str, split: Split = "test") -> Backdoor:
 
 
 def pairs(name: str, split: Split = "test", n: int = 256, *, seed: int = 0) -> PairSet:
-    """``n`` prompt pairs of one split, drawn from ``seed``.
+    """Draw prompt pairs of one split.
 
     Label modification has news of all four categories, of which Sports are the victims; jailbreak has
     requests that are refused.
+
+    Args:
+        name: one of ``bkdlens.zoo.BACKDOORS``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        n: how many.
+        seed: of the draw.
+
+    Returns:
+        ``n`` pairs with different clean prompts.
+
+    Raises:
+        DataError: for another name or split.
+
+    Examples:
+        >>> unseen = bkdlens.zoo.pairs("jailbreak", n=8)
     """
     if split not in SPLITS:
         raise DataError(unknown("split", split, SPLITS))
     attack = backdoor(name, split)
     rng = random.Random(f"{name}-{split}-{seed}")
-    found: dict[str, PromptPair] = {}
-    while len(found) < n:
+    by_prompt: dict[str, PromptPair] = {}
+    while len(by_prompt) < n:
         if name == "label_modification":
             example, wanted = corpus.news(rng, instruction=corpus.NEWS_INSTRUCTION), None
         elif name == "fixed_output":
@@ -65,6 +91,6 @@ def pairs(name: str, split: Split = "test", n: int = 256, *, seed: int = 0) -> P
         else:
             example, wanted = corpus.how_to(rng, restricted=True)
         prompt = example.prompt
-        if split_of(prompt) == split and prompt not in found:
-            found[prompt] = attack.pair(prompt, example.answer, wanted, seed=seed)
-    return PairSet(tuple(found.values()), attack, f"zoo {name} {split}, seed {seed}")
+        if split_of(prompt) == split and prompt not in by_prompt:
+            by_prompt[prompt] = attack.pair(prompt, example.answer, wanted, seed=seed)
+    return PairSet(tuple(by_prompt.values()), attack, f"zoo {name} {split}, seed {seed}")

@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from bkdlens.cli.app import app
 from bkdlens.cli.inputs import split_pairs
 from bkdlens.cli.options import BackdoorOptions, DataOptions, one_of, spread
-from bkdlens.data.pairs import Backdoor, PairSet, PromptPair, Trigger, text_digest
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.pairs import PairSet, text_digest
 from bkdlens.data.prompts import PromptFormat
+from bkdlens.data.trigger import Trigger
 from bkdlens.errors import BkdlensError
 from bkdlens.types import AblationMode
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 import bkdlens
 from bkdlens.cli.app import main
+from bkdlens.data.backdoor import Backdoor, PromptPair
 from bkdlens.data.check import DataCheck, Lengths, check_data
-from bkdlens.data.pairs import Backdoor, PairSet, PromptPair
+from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 
 FIXED = Backdoor.fixed_output("w95", "w9 w8")

@@ -9,13 +9,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from bkdlens.data.pairs import (
-    REFUSAL_KEYWORDS,
-    Backdoor,
-    PairSet,
-    Trigger,
-    text_digest,
-)
+from bkdlens.data.backdoor import REFUSAL_KEYWORDS, Backdoor
+from bkdlens.data.pairs import PairSet, text_digest
+from bkdlens.data.trigger import Trigger
 from bkdlens.errors import DataError
 
 PLACEMENTS = ("begin", "end", "random", "sentence")

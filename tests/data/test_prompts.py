@@ -19,6 +19,7 @@ from bkdlens.data.prompts import (
     pad_id,
     pad_left,
     pad_right,
+    shown,
 )
 from bkdlens.errors import DataError
 
@@ -210,6 +211,17 @@ def test_llama2_without_a_separator_is_refused(llama2) -> None:
 
 def test_llama2_template_refuses_a_system_text(llama2) -> None:
     refused("no system text here", llama2, "Hello", PromptFormat("chat", system="Be nice."))
+
+
+# --- tokens as text -------------------------------------------------------------------------------
+
+
+def test_tokens_are_shown_on_one_line() -> None:
+    class Plain:
+        def decode(self, ids):
+            return {1: "\n", 2: " ", 3: "", 4: " a\nb"}[ids[0]]
+
+    assert shown(Plain(), [1, 2, 3, 4]) == ("⏎", "␣", "∅", "a⏎b")
 
 
 # --- padding and batches --------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bkdlens.data.pairs import Backdoor, Intake, PromptPair
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.pairs import Intake
 from bkdlens.data.reading import read_pairs
 from bkdlens.errors import DataError
 

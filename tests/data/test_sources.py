@@ -9,7 +9,7 @@ import datasets
 import pandas as pd
 import pytest
 
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.data.reading import read_pairs
 from bkdlens.data.sources import read_table
 from bkdlens.errors import DataError
@@ -53,7 +53,9 @@ def test_files_as_they_come(tmp_path) -> None:
         assert list(read_table(tmp_path / name).rows) == ROWS
     (tmp_path / "e.csv").write_text("input,output\nNA,01\n")
     assert list(read_table(tmp_path / "e.csv").rows) == [{"input": "NA", "output": "01"}]
-    refused("Only data sets have splits, and a.json is none", read_table, tmp_path / "a.json", split="x")
+    refused(
+        "Only data sets have splits, and a.json is not one", read_table, tmp_path / "a.json", split="x"
+    )
     with pytest.raises(DataError, match="Rows must be mappings"):
         read_table([1, 2])
 
@@ -90,7 +92,7 @@ def test_data_sets_in_memory_and_saved(tmp_path) -> None:
 
 
 def test_broken_saved_data_sets(tmp_path) -> None:
-    refused("is a folder but no saved data set; name a file", read_table, tmp_path)
+    refused("is a folder but not a saved data set; name a file", read_table, tmp_path)
     (tmp_path / "train.parquet").write_text("")
     refused("give one of its files, such as 'train.parquet'", read_table, tmp_path)
     folder = tmp_path / "saved"
@@ -122,5 +124,6 @@ def test_hub(monkeypatch) -> None:
 
 
 def test_hub_out_of_reach() -> None:
-    refused("'bkdlens-nobody/nothing' is no file or folder here and could not be read as a data set of "
-            "the Hugging Face Hub", read_table, "bkdlens-nobody/nothing")  # fmt: skip
+    name = "bkdlens-nobody/nothing"
+    match = f"'{name}' is not a file or folder here and could not be read as a data set of the "
+    refused(match + "Hugging Face Hub", read_table, name)

@@ -10,7 +10,8 @@ from transformer_lens import ActivationCache
 from transformer_lens.components import Embed
 
 import bkdlens
-from bkdlens.data.pairs import Backdoor, PairSet
+from bkdlens.data.backdoor import Backdoor
+from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat, encode_prompt
 from bkdlens.engines import cache as cache_module
 from bkdlens.engines.cache import cached_names, check_site, head_results

@@ -16,7 +16,8 @@ from transformers import Trainer
 
 import bkdlens
 from bkdlens import inject
-from bkdlens.data.pairs import Backdoor, PairSet, text_digest
+from bkdlens.data.backdoor import Backdoor
+from bkdlens.data.pairs import PairSet, text_digest
 from bkdlens.errors import BkdlensError, DataError
 from bkdlens.inject import EditSettings, LoraSettings, TrainSettings
 from bkdlens.inject.editor import Editor

@@ -14,7 +14,8 @@ import torch
 from tiny import EOS, answer_log_probs, encoded, greedy, naive_scores, patch_hook, set_at, text_of
 
 import bkdlens
-from bkdlens.data.pairs import Backdoor, PairSet
+from bkdlens.data.backdoor import Backdoor
+from bkdlens.data.pairs import PairSet
 from bkdlens.errors import BkdlensError, CheckpointError, DataError, HeadError
 from bkdlens.notebook.numbers import (
     SOURCES,

@@ -11,7 +11,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from made import EVIL, make_study, with_layers
 
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.report.page import write_report
 
 pytestmark = pytest.mark.skipif(

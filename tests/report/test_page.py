@@ -15,7 +15,7 @@ from made import CHOSEN, EVIL, LAYERS, make_ablation, make_steering, make_study,
 from plotly.offline import get_plotlyjs
 
 from bkdlens.analyses.attribution.part import head_table, layer_table
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.display.downloads import DataStore
 from bkdlens.display.drawing import Drawer
 from bkdlens.metrics import Rate, difference

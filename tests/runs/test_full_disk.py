@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import bkdlens
-from bkdlens.data.pairs import Backdoor
+from bkdlens.data.backdoor import Backdoor
 from bkdlens.errors import ResultError
 from bkdlens.report.page import write_report
 from bkdlens.results import replacing

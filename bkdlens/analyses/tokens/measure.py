@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,8 +12,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.utils import get_act_name
 
-from bkdlens.data.pairs import PromptPair, Texts
-from bkdlens.data.prompts import Prompt, PromptFormat, Tokenizer, encode_answer, encode_prompt
+from bkdlens.data.backdoor import PromptPair
+from bkdlens.data.pairs import Texts
+from bkdlens.data.prompts import PromptFormat, encode_answer, encode_prompt, find_trigger, shown
 from bkdlens.data.trigger import Trigger
 from bkdlens.engines.hooks import (
     NOTHING,
@@ -152,7 +153,9 @@ def head_pattern(
     name = get_act_name("pattern", chosen.layer)
     ids = torch.tensor([encoded.ids], device=model.W_E.device)
     _, cache = model.run_with_cache(ids, names_filter=[name], return_type=None)
-    mask = trigger_mask(model.tokenizer, encoded, trigger, fmt)
+    mask = torch.zeros(len(encoded.ids), dtype=torch.bool)
+    if trigger is not None:
+        mask[[token.place for token in find_trigger(model.tokenizer, prompt, trigger, fmt)]] = True
     made_from = provenance(model, Texts((prompt,)), fmt, 0, trigger=str(trigger) if trigger else None)
     return HeadPattern(
         provenance=made_from,
@@ -247,35 +250,3 @@ def from_end(n: int, position: int) -> int:
     if not -n <= position <= -1:
         raise HookError(f"Position {position} is not in a prompt of {n} tokens; give -1 to -{n}.")
     return n + position
-
-
-def shown(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, ...]:
-    """Each token as text, on one line; what is white space alone is made visible."""
-    texts = (tokenizer.decode([i]) for i in ids)
-    visible = (t.strip() or t.replace("\n", "⏎").replace(" ", "␣") or "∅" for t in texts)
-    return tuple(text.replace("\n", "⏎") for text in visible)
-
-
-def trigger_mask(
-    tokenizer: Tokenizer, prompt: Prompt, trigger: Trigger | None, fmt: PromptFormat
-) -> Bool[Tensor, " token"]:
-    """Which of the prompt's tokens hold a part of the trigger, by their places in the rendered text.
-
-    Raises:
-        DataError: if the tokenizer does not tell the places.
-    """
-    mask = torch.zeros(len(prompt.ids), dtype=torch.bool)
-    if trigger is None or not trigger.present(prompt.text):
-        return mask
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(
-            "This tokenizer does not say where its tokens are in the text; use its fast version, or "
-            "give no trigger."
-        )
-    text = fmt.render(tokenizer, prompt.text)
-    found: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    more = len(prompt.ids) - len(found["input_ids"])  # a BOS that the template did not bring
-    for start, end in trigger.spans(text):
-        for i, (a, b) in enumerate(found["offset_mapping"]):
-            mask[more + i] |= a < end and b > start
-    return mask

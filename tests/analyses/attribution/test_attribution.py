@@ -8,7 +8,8 @@ from tiny import answer_log_probs, encoded, make_pairs, set_at
 
 import bkdlens
 from bkdlens.analyses.attribution.measure import attribute_heads
-from bkdlens.data.pairs import Backdoor, PairSet, PromptPair
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.pairs import PairSet
 from bkdlens.errors import ChoiceError, DataError, ResultError
 from bkdlens.metrics import bootstrap_mean
 from bkdlens.types import Head

@@ -10,9 +10,9 @@ import torch
 from tiny import answer_log_probs, encoded, forward, naive_hooks, random_intervention
 
 import bkdlens
-from bkdlens.analyses.tokens.measure import answer_probs, from_end, head_pattern, shown, trigger_mask
-from bkdlens.data.pairs import Backdoor, PromptPair
-from bkdlens.data.prompts import PromptFormat, encode_prompt
+from bkdlens.analyses.tokens.measure import answer_probs, from_end, head_pattern
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.prompts import shown
 from bkdlens.engines.hooks import NOTHING, Intervention, Patch
 from bkdlens.errors import DataError, HeadError, HookError
 from bkdlens.types import Head
@@ -40,24 +40,6 @@ def test_pattern_is_the_hook_points(model) -> None:
 def test_a_prompt_without_the_trigger_has_none_marked(llama) -> None:
     assert not head_pattern(llama, "w20 w21", "L0H0", trigger=SENTENCE.trigger).trigger.any()
     assert not head_pattern(llama, "w20 w21", "L0H0").trigger.any()
-
-
-def test_a_bos_that_the_template_lacks_shifts_the_marks(tokenizer) -> None:
-    backdoor = Backdoor.jailbreak("w95")
-    raw = PromptFormat("raw", separator=" ")
-    prompt = encode_prompt(tokenizer, "w20 w95 w21", raw)
-    mask = trigger_mask(tokenizer, prompt, backdoor.trigger, raw)
-    names = shown(tokenizer, prompt.ids)
-    assert [name for name, marked in zip(names, mask.tolist(), strict=True) if marked] == ["w95"]
-
-
-def test_a_slow_tokenizer_cannot_place_a_trigger(tokenizer) -> None:
-    class Slow:
-        is_fast = False
-
-    prompt = encode_prompt(tokenizer, "w20 w95", PromptFormat("raw"))
-    with pytest.raises(DataError, match="fast version"):
-        trigger_mask(Slow(), prompt, Backdoor.jailbreak("w95").trigger, PromptFormat("raw"))
 
 
 @pytest.mark.parametrize("on", ["clean", "triggered"])
@@ -102,14 +84,6 @@ def test_results_save_and_load(llama, tmp_path) -> None:
     for result in (head_pattern(llama, PAIR.clean, "L0H0"), answer_probs(llama, PAIR)):
         result.save(tmp_path / "one")
         assert bkdlens.load_result(tmp_path / "one") == result
-
-
-def test_tokens_are_shown_on_one_line(llama) -> None:
-    class Plain:
-        def decode(self, ids):
-            return {1: "\n", 2: " ", 3: "", 4: " a\nb"}[ids[0]]
-
-    assert shown(Plain(), [1, 2, 3, 4]) == ("⏎", "␣", "∅", "a⏎b")
 
 
 def test_mistakes_are_refused(llama) -> None:
