@@ -27,7 +27,7 @@ from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult, sw
 from bkdlens.engines.cache import cache_activations
 from bkdlens.errors import BkdlensError
 from bkdlens.inject import METHODS, recipes
-from bkdlens.inject.output import MANIFEST
+from bkdlens.inject.planting import MANIFEST
 from bkdlens.metrics import Rate
 from bkdlens.models.load import load
 from bkdlens.report.page import write_report
