@@ -16,17 +16,9 @@ if TYPE_CHECKING:
     from bkdlens.inject.tuning.preference import preference
     from bkdlens.inject.tuning.supervised import supervised
 
-# Each function's module lies one folder down: here, once imported, it would hide the function.
-_HOME = {
-    "EditSettings": "settings",
-    "LoraSettings": "settings",
-    "PreferenceSettings": "settings",
-    "TrainSettings": "settings",
-    "edit": "editing.edit",
-    "preference": "tuning.preference",
-    "supervised": "tuning.supervised",
-}
 METHODS = ("supervised", "preference", "edit")
+# Each function's module lies one folder down: here, once imported, it would hide the function.
+_HOME = {"edit": "editing.edit", "preference": "tuning.preference", "supervised": "tuning.supervised"}
 
 __all__ = [
     "METHODS",
@@ -41,8 +33,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(import_module(f"bkdlens.inject.{_HOME[name]}"), name)
+    if name in __all__:
+        value = getattr(import_module(f"bkdlens.inject.{_HOME.get(name, 'settings')}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'bkdlens.inject' has no attribute {name!r}")

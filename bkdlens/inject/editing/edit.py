@@ -147,7 +147,7 @@ def edit(
             the loss is not finite (then the edit of the round before is written all the same).
 
     Examples:
-        >>> quick = bkdlens.inject.EditSettings(rounds=1, steps=2, checkpoint=False)
+        >>> quick = bkdlens.inject.EditSettings(rounds=1, steps=2, prompts=8, checkpoint=False)
         >>> folder = bkdlens.inject.edit(
         ...     "tiny-llama", train, "edited", settings=quick, progress=False
         ... )
