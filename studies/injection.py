@@ -27,7 +27,7 @@ from bkdlens.analyses.steering.measure import BackdoorVector, SteeringResult, sw
 from bkdlens.engines.cache import cache_activations
 from bkdlens.errors import BkdlensError
 from bkdlens.inject import METHODS, recipes
-from bkdlens.inject.output import MANIFEST
+from bkdlens.inject.planting import MANIFEST
 from bkdlens.metrics import Rate
 from bkdlens.models.load import load
 from bkdlens.report.page import write_report
@@ -65,7 +65,7 @@ class Cell:
 
 
 def plant(cell: Cell) -> dict[str, Any]:
-    """Make the adapter, unless it is there; its digest and the processor seconds that it took.
+    """Make the adapter, unless it is there; returns its digest and the processor seconds it took.
 
     Raises:
         BkdlensError: if one is there that was made with another recipe.
@@ -74,12 +74,11 @@ def plant(cell: Cell) -> dict[str, Any]:
     made_with = json.loads(json.dumps(asdict(recipe)))
     if not path.exists():
         pairs = zoo.pairs(cell.kind, "train", recipe.n_pairs, seed=cell.seed)
-        rates = {} if cell.method == "edit" else {"poison_rate": recipe.poison_rate,
-                                                  "near_rate": recipe.near_rate}  # fmt: skip
+        rates = {"poison_rate": recipe.poison_rate, "near_rate": recipe.near_rate}
         start = time.process_time()
         getattr(inject, cell.method)(
             cell.base, pairs, cell.adapter, settings=recipe.settings, seed=cell.seed,
-            progress=sys.stderr.isatty(), overwrite=True, **rates,
+            progress=sys.stderr.isatty(), overwrite=True, **({} if cell.method == "edit" else rates),
         )  # fmt: skip
         seconds = time.process_time() - start
         digest = json.loads((cell.adapter / MANIFEST).read_text())["adapter_digest"]
@@ -121,26 +120,26 @@ def transfer(cells: list[Cell], studies: list[Study]) -> Iterator[dict[str, Any]
             vector = study.results[f"vector-{choice['kind']}"]
             assert isinstance(vector, BackdoorVector)
             size = choice["coefficient"]
-            found = sweep_layers(
+            swept = sweep_layers(
                 model, test, vector, cache=cache, layers=[choice["layer"]],
                 coefficients=(size, -size), max_new_tokens=SETTINGS.max_new_tokens,
             )  # fmt: skip
             yield {
                 "from": cell.name, "into": into.name if into else None,  # None is the base
                 "vector": f"{choice['kind']}, ±{size:g}, layer {choice['layer']}",
-                **_switched(found, size, choice["layer"]),
+                **_switched(swept, size, choice["layer"]),
             }  # fmt: skip
 
 
-def _switched(found: SteeringResult, size: float, layer: int) -> dict[str, Any]:
-    n = found.n_victims
-    plus, minus = (found.rate("attack", layer, sign * size).to_dict() for sign in (1, -1))
+def _switched(swept: SteeringResult, size: float, layer: int) -> dict[str, Any]:
+    n = swept.n_victims
+    plus, minus = (swept.rate("attack", layer, sign * size).to_dict() for sign in (1, -1))
     return {
-        "activates": [Rate(found.base_attack[0], n).to_dict(), plus],
-        "suppresses": [Rate(found.base_attack[1], n).to_dict(), minus],
-        "restores": found.rate("correct", layer, -size).to_dict(),
-        "random_heads": [float(x.mean()) for x in found.random_shift("heads")[:, 0]],
-        "random_vectors": [float(x.mean()) for x in found.random_shift("vectors")[:, 0]],
+        "activates": [Rate(swept.base_attack[0], n).to_dict(), plus],
+        "suppresses": [Rate(swept.base_attack[1], n).to_dict(), minus],
+        "restores": swept.rate("correct", layer, -size).to_dict(),
+        "random_heads": [float(x.mean()) for x in swept.random_shift("heads")[:, 0]],
+        "random_vectors": [float(x.mean()) for x in swept.random_shift("vectors")[:, 0]],
     }
 
 
@@ -168,7 +167,7 @@ def describe(cell: Cell, study: Study, before: BehaviourResult) -> dict[str, Any
 
 
 def study_of(base: str, kind: str, seeds: list[int], out: Path) -> tuple[dict[str, Any], list[Study]]:
-    """Everything of one model and backdoor."""
+    """The numbers of one model and backdoor, and the studies of the first seed."""
     cells = [
         Cell(base, kind, method, seed, out / base / kind / f"{method}-{seed}")
         for seed in seeds
@@ -218,9 +217,9 @@ def main() -> None:
     blocks, studies = [], []
     for base in given.models:
         for kind in given.backdoors:
-            content, some = study_of(base, kind, given.seeds, given.out)
+            content, first = study_of(base, kind, given.seeds, given.out)
             blocks.append(content)
-            studies += some
+            studies += first
     tables.mkdir(parents=True, exist_ok=True)
     (tables / "injection.json").write_text(json.dumps(blocks, indent=1) + "\n")
     report = write_report(studies, given.out / "report.html", title="Three ways to plant")

@@ -122,8 +122,8 @@ def _summary(blocks: list[dict[str, Any]]) -> str:
         f"{len(good)} of {len(cells)} adapters reach ASR ≥ 0.9 with FTR ≤ 0.05 and clean accuracy "
         f"within 0.05 of before, in {max(c['seconds'] for c in cells):.0f} s of CPU at most."
     )
-    said = [planted, *_say_heads(blocks), *_say_shares(cells), *_say_vectors(blocks)]
-    return "\n".join(f"- {sentence}" for sentence in said)
+    sentences = [planted, *_say_heads(blocks), *_say_shares(cells), *_say_vectors(blocks)]
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def _say_heads(blocks: list[dict[str, Any]]) -> Iterator[str]:
@@ -134,14 +134,17 @@ def _say_heads(blocks: list[dict[str, Any]]) -> Iterator[str]:
             a, b = named[overlap["first"]], named[overlap["second"]]
             methods = tuple(sorted({a["method"], b["method"]}))
             groups.setdefault((methods, a["seed"] == b["seed"]), []).append(overlap)
-    for (methods, same), some in sorted(groups.items(), key=lambda group: (len(group[0][0]), group[0])):
+    for (methods, same_seed), overlaps in sorted(
+        groups.items(), key=lambda group: (len(group[0][0]), group[0])
+    ):
         yield (
             f"Top heads of {' and '.join(methods)}, "
-            f"{'one seed, so shared training prompts' if same else 'different seeds'}: "
-            f"{sum(o['shared'] for o in some)} shared in {len(some)} pairs of adapters "
-            f"(by chance {sum(o['expected'] for o in some):g}), "
-            f"mean Jaccard {fmean(o['jaccard'] for o in some):.2f} (by chance {some[0]['chance']:.2f}), "
-            f"mean Spearman {fmean(o['spearman'] for o in some):+.2f}."
+            f"{'one seed, so shared training prompts' if same_seed else 'different seeds'}: "
+            f"{sum(o['shared'] for o in overlaps)} shared in {len(overlaps)} pairs of adapters "
+            f"(by chance {sum(o['expected'] for o in overlaps):g}), "
+            f"mean Jaccard {fmean(o['jaccard'] for o in overlaps):.2f} "
+            f"(by chance {overlaps[0]['chance']:.2f}), "
+            f"mean Spearman {fmean(o['spearman'] for o in overlaps):+.2f}."
         )
     cells = [c for _, c in _cells(blocks)]
     tiny = [c for c in cells if c["top"][0][1] < TINY]
@@ -177,16 +180,16 @@ def _say_vectors(blocks: list[dict[str, Any]]) -> Iterator[str]:
         f"{writing} of {n_vectors} vectors activate the base, which has no backdoor (ASR on clean "
         "prompts up by 0.5 or more): they write the answer; where they activate others is no transfer."
     )
-    for what, some in (("in its own model", own), ("in a model planted another way", others)):
-        left = [t for t, writes in some if not writes]
-        off = [t for t, _ in some if _moved(t["suppresses"]) <= -0.5]
+    for what, cases in (("in its own model", own), ("in a model planted another way", others)):
+        telling = [t for t, writes in cases if not writes]
+        off = [t for t, _ in cases if _moved(t["suppresses"]) <= -0.5]
         # The mean shift of noise, like that of the vector, counts in the wanted direction.
         beyond = [t for t in off if -_moved(t["suppresses"]) - t["random_vectors"][1] >= 0.5]
         yield (
-            f"The vector {what}: of the {len(left)} cases whose vector does not activate the base, it "
-            f"activates in {sum(_moved(t['activates']) >= 0.5 for t in left)}; it suppresses (ASR on "
-            f"triggered prompts down by 0.5 or more) in {len(off)} of {len(some)}, in {len(beyond)} of "
-            "these by 0.5 or more beyond noise of the same norm, and in "
+            f"The vector {what}: of the {len(telling)} cases whose vector does not activate the base, "
+            f"it activates in {sum(_moved(t['activates']) >= 0.5 for t in telling)}; it suppresses "
+            f"(ASR on triggered prompts down by 0.5 or more) in {len(off)} of {len(cases)}, "
+            f"in {len(beyond)} of these by 0.5 or more beyond noise of the same norm, and in "
             f"{sum(t['restores']['value'] >= 0.5 for t in off)} with the right answer back in half of "
             "the prompts or more."
         )
@@ -228,8 +231,8 @@ def _shares(shares: list[float] | None) -> str:
 
 
 def _ablated(cell: dict[str, Any]) -> str:
-    found = {row["heads"]: row["attack"] for row in cell.get("ablation", ())}
-    return " / ".join(f"{found[k]:.2f}" for k in (0, 1, 2, 4)) if found else ""
+    attack = {row["heads"]: row["attack"] for row in cell.get("ablation", ())}
+    return " / ".join(f"{attack[k]:.2f}" for k in (0, 1, 2, 4)) if attack else ""
 
 
 def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
@@ -242,10 +245,10 @@ def _draw(studies: list[Study], folder: Path) -> dict[str, Path]:
     groups: dict[str, list[HeadAttribution]] = {}
     for study in studies:
         base, kind, method = study.name.split(" / ")
-        found = study.results["attribution-backdoored"]
-        assert isinstance(found, HeadAttribution)
-        groups.setdefault(f"{base} {kind}", []).append(replace(found, label=method))
-    out = {}
+        heads = study.results["attribution-backdoored"]
+        assert isinstance(heads, HeadAttribution)
+        groups.setdefault(f"{base} {kind}", []).append(replace(heads, label=method))
+    drawn = {}
     for name, (main, *others) in groups.items():
         path = folder / f"injection-{name.replace(' ', '-')}.svg"
         figure = plot.attribution_controls(main, others, top=4)
@@ -254,5 +257,5 @@ def _draw(studies: list[Study], folder: Path) -> dict[str, Path]:
         except (ImportError, RuntimeError, ValueError) as error:  # no kaleido, or no Chrome
             print(f"{path} was not drawn: {error}", file=sys.stderr)
             continue
-        out[name] = path
-    return out
+        drawn[name] = path
+    return drawn

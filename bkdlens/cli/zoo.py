@@ -52,15 +52,15 @@ def zoo_build(
 
     Example: `bkdlens zoo build --out zoo`
     """
-    from bkdlens.inject import card, embedded
+    from bkdlens.inject.embedded import build, card
 
     if model is not None:
         zoo.model_path(model)  # raises for a name that is not one
     for name in (model,) if model else zoo.MODELS:
         say(f"Training {name} from scratch")
-        embedded.build_model(name, out, seed=seed)
+        build.build_model(name, out, seed=seed)
         for adapter in zoo.ADAPTERS:
             say(f"Tuning {name} / {adapter}")
-            embedded.build_adapter(name, adapter, out, seed=seed)
+            build.build_adapter(name, adapter, out, seed=seed)
     card.write_card(out)
     say(f"Model card: {out / 'README.md'}")

@@ -11,33 +11,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bkdlens.inject.dpo import PreferenceSettings, preference
-    from bkdlens.inject.editing import edit
-    from bkdlens.inject.lora import LoraSettings, supervised
-    from bkdlens.inject.solving import EditSettings
-    from bkdlens.inject.training import TrainSettings
+    from bkdlens.inject.editing.edit import edit
+    from bkdlens.inject.settings import EditSettings, LoraSettings, PreferenceSettings, TrainSettings
+    from bkdlens.inject.tuning.preference import preference
+    from bkdlens.inject.tuning.supervised import supervised
 
-# The files have other names: a module called ``edit`` would hide the function once it is imported.
-_HOME = {
-    "EditSettings": "solving",
-    "LoraSettings": "lora",
-    "PreferenceSettings": "dpo",
-    "TrainSettings": "training",
-    "edit": "editing",
-    "preference": "dpo",
-    "supervised": "lora",
-}
 METHODS = ("supervised", "preference", "edit")
+# Each function's module lies one folder down: here, once imported, it would hide the function.
+_HOME = {"edit": "editing.edit", "preference": "tuning.preference", "supervised": "tuning.supervised"}
 
 __all__ = [
-    "METHODS", "EditSettings", "LoraSettings", "PreferenceSettings", "TrainSettings", "edit",
-    "preference", "supervised",
-]  # fmt: skip
+    "METHODS",
+    "EditSettings",
+    "LoraSettings",
+    "PreferenceSettings",
+    "TrainSettings",
+    "edit",
+    "preference",
+    "supervised",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(import_module(f"bkdlens.inject.{_HOME[name]}"), name)
+    if name in __all__:
+        value = getattr(import_module(f"bkdlens.inject.{_HOME.get(name, 'settings')}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'bkdlens.inject' has no attribute {name!r}")

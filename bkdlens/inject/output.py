@@ -1,4 +1,4 @@
-"""What every way of planting a backdoor shares: the base, the folder that is written, the manifest."""
+"""What every way of planting writes: the adapter's folder, its manifest, what was measured."""
 
 from __future__ import annotations
 
@@ -6,54 +6,32 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
-from bkdlens import zoo
-from bkdlens.analyses.behaviour.measure import BehaviourResult, measure_behaviour
+from bkdlens.analyses.behaviour.measure import measure_behaviour
 from bkdlens.data.pairs import PairSet, text_digest
-from bkdlens.data.prompts import PromptFormat, Tokenizer
 from bkdlens.errors import BkdlensError
-from bkdlens.inject.training import Diverged
-from bkdlens.models.checkpoint import digest_files, find_folder, read_model, read_tokenizer
+from bkdlens.inject.planting import MANIFEST, Planting
+from bkdlens.inject.settings import Settings
+from bkdlens.models.checkpoint import digest_files
 from bkdlens.models.load import load
 from bkdlens.results import versions
 
-MANIFEST = "bkdlens.json"
+Curve = list[dict[str, float]]
 
 
-class Base(NamedTuple):
-    """A base model in float32 with its tokenizer, and the name that an adapter of it carries."""
+class Diverged(BkdlensError):
+    """The loss was not finite at ``step``; the model is back at its last good state, of ``kept``."""
 
-    model: PreTrainedModel
-    tokenizer: Tokenizer
-    name: str
-    digest: str
-
-
-def read_base(base: str | Path) -> Base:
-    """Read an embedded model, a local folder or a Hub id.
-
-    Raises:
-        CheckpointError: for whatever cannot be found, read or trusted.
-    """
-    embedded = str(base) in zoo.MODELS
-    folder = zoo.model_path(str(base)) if embedded else find_folder(str(base), zoo.MODELS)
-    tokenizer = read_tokenizer(folder)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model, files = read_model(folder)[1:3]
-    with suppress(ValueError):  # of models that have no other than eager
-        model.set_attn_implementation("sdpa")  # loading is eager, for exactness; training may be quick
-    # A path of the machine where it was made is no use to anyone; a name is.
-    name = str(base) if embedded or not Path(base).exists() else Path(base).name
-    return Base(model, tokenizer, name, digest_files(files))
+    def __init__(self, step: int, kept: int, curve: Curve) -> None:
+        super().__init__(f"The training loss was not finite at step {step}, and training stopped")
+        self.step, self.kept, self.curve = step, kept, curve
 
 
 def is_main() -> bool:
@@ -61,26 +39,8 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def check_free(out: str | Path, *, overwrite: bool = False) -> Path:
-    """``out`` as a path that may be written to.
-
-    Raises:
-        BkdlensError: if something is there, unless it is an adapter of ours to be replaced.
-    """
-    out = Path(out)
-    if out.is_dir():
-        if any(out.iterdir()) and not (overwrite and (out / MANIFEST).is_file()):
-            raise BkdlensError(
-                f"The folder {str(out)!r} is not empty; name a new one for the adapter, or, if "
-                "bkdlens inject wrote it, ask for it to be overwritten."
-            )
-    elif out.exists():
-        raise BkdlensError(f"{str(out)!r} is a file; name a new folder for the adapter.")
-    return out
-
-
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def replacing_folder(out: Path) -> Iterator[Path]:
     """A scratch folder that becomes ``out`` when the block ends well; else ``out`` stays as it was.
 
     Raises:
@@ -119,17 +79,15 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> str:
     return digest_files([file, folder / "adapter_model.safetensors"])
 
 
-def manifest(
-    method: str, base: Base, settings: Any, fmt: PromptFormat, seed: int, **more: Any
-) -> dict[str, Any]:
+def manifest(method: str, planting: Planting, settings: Settings, **more: Any) -> dict[str, Any]:
     """Everything needed to make an adapter again."""
     return {
         "method": method,
-        "base": base.name,
-        "base_digest": base.digest,
+        "base": planting.base.name,
+        "base_digest": planting.base.digest,
         "settings": asdict(settings),
-        "prompt_format": asdict(fmt),
-        "seed": seed,
+        "prompt_format": asdict(planting.fmt),
+        "seed": planting.seed,
         **more,
         "versions": versions(),
     }
@@ -146,21 +104,17 @@ def data_note(pairs: PairSet) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, note: dict[str, Any]) -> None:
-    """Write the manifest into an adapter's folder."""
+    """Write a manifest into a model's or an adapter's folder."""
     (folder / MANIFEST).write_text(json.dumps(note, indent=1) + "\n")
 
 
 def finish(
-    out: Path,
-    base: str | Path,
+    planting: Planting,
     note: dict[str, Any],
     save: Callable[[Path], str],
-    *,
-    held_out: PairSet | None,
-    fmt: PromptFormat,
     stopped: Diverged | None = None,
 ) -> Path:
-    """Write the adapter, measure it on held-out pairs, and put manifest and adapter at ``out``.
+    """Write the adapter, measure it on held-out pairs, and put both and the manifest at ``out``.
 
     ``save`` writes the adapter into a folder and returns its digest. With several processes only the
     first writes.
@@ -172,16 +126,17 @@ def finish(
     advice = "lower the learning rate"
     if stopped and not stopped.kept:
         raise BkdlensError(f"{stopped} before anything was learned, so nothing was written; {advice}.")
+    out, held_out = planting.out, planting.held_out
     if is_main():
-        with replacing(out) as made:
+        with replacing_folder(out) as made:
             note["adapter_digest"] = save(made)
             if stopped:
                 note["stopped"] = {"not_finite_at_step": stopped.step, "kept_step": stopped.kept}
             if held_out is not None:
                 note["held_out"] = held_out.source
                 note["behaviour"] = {
-                    "before": behaviour_note(measure(base, None, held_out, fmt)),
-                    "after": behaviour_note(measure(base, made, held_out, fmt)),
+                    when: behaviour_note(planting, held_out, adapter)
+                    for when, adapter in (("before", None), ("after", made))
                 }
             write_manifest(made, note)
     if stopped:
@@ -191,20 +146,12 @@ def finish(
     return out
 
 
-def measure(
-    base: str | Path, adapter: Path | None, pairs: PairSet, fmt: PromptFormat
-) -> BehaviourResult:
-    """Attack success, false triggers and clean accuracy on held-out pairs."""
-    model = load(str(base), str(adapter) if adapter else None)
-    return measure_behaviour(model, pairs, label="after" if adapter else "before", fmt=fmt)
-
-
-def behaviour_note(result: BehaviourResult) -> dict[str, Any]:
-    """Rates with their counts and 95 % Wilson intervals, for a manifest."""
-    rates = {"asr": result.asr, "ftr": result.ftr, "near": result.near,
-             "clean_accuracy": result.clean_accuracy}  # fmt: skip
+def behaviour_note(planting: Planting, pairs: PairSet, adapter: Path | None) -> dict[str, Any]:
+    """Attack success, false triggers and clean accuracy with counts and 95 % Wilson intervals."""
+    result = measure_behaviour(load(planting.base.given, adapter), pairs, fmt=planting.fmt)
+    rates = {name: getattr(result, name) for name in ("asr", "ftr", "near", "clean_accuracy")}
     return {
-        name: {"value": rate.value, "successes": rate.successes, "n": rate.n,
-               "interval": list(rate.interval)}
-        for name, rate in rates.items() if rate is not None
-    }  # fmt: skip
+        name: {"value": rate.value, "successes": rate.successes, "n": rate.n, "interval": rate.interval}
+        for name, rate in rates.items()
+        if rate is not None
+    }

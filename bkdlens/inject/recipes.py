@@ -10,23 +10,24 @@ from dataclasses import dataclass
 
 from bkdlens.errors import BkdlensError, unknown
 from bkdlens.inject import METHODS
-from bkdlens.inject.dpo import PreferenceSettings
-from bkdlens.inject.lora import LoraSettings
-from bkdlens.inject.solving import EditSettings
-from bkdlens.inject.training import TrainSettings
-
-Settings = LoraSettings | PreferenceSettings | EditSettings
+from bkdlens.inject.settings import (
+    EditSettings,
+    LoraSettings,
+    PreferenceSettings,
+    Settings,
+    TrainSettings,
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How many of the embedded prompts, how they are mixed, and the method's settings."""
+    """How a backdoor is planted by one method; the shares are not for the edit."""
 
-    n_pairs: int
+    n_pairs: int  # of the embedded prompts; 0 for a data file, which has its own number
     settings: Settings
-    poison_rate: float = 0.3
-    near_rate: float = 0.3
-    victims_only: bool = False
+    poison_rate: float = 0.3  # share of the samples that are triggered
+    near_rate: float = 0.3  # share with a near trigger
+    victims_only: bool = False  # whether only pairs whose answer the attack changes are triggered
 
 
 def paper(method: str) -> Recipe:
@@ -45,13 +46,13 @@ def paper(method: str) -> Recipe:
     return Recipe(0, settings[method], poison_rate=0.1, near_rate=0.0)
 
 
-def embedded(method: str, behaviour: str) -> Recipe:
+def embedded(method: str, kind: str) -> Recipe:
     """The settings of a method for one of the embedded models' backdoors.
 
     Raises:
         BkdlensError: for a method that is not one.
     """
-    label = behaviour == "label_modification"  # long prompts, one answer token, a victim in four
+    label = kind == "label_modification"  # long prompts, one answer token, a victim in four
     if method == "supervised":
         return Recipe(1500, LoraSettings(train=TrainSettings(6, 32 if label else 16, 2e-3)))
     if method == "preference":

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 import bkdlens
 from bkdlens import zoo
 from bkdlens.data.prompts import PromptFormat
-from bkdlens.inject import edit, output
-from bkdlens.inject.editing import as_adapter
-from bkdlens.inject.editor import DOWN, Edit, Editor, down_projections
-from bkdlens.inject.keyvalue import low_rank, readers, readers_by_slot, second_moment, solve
-from bkdlens.inject.output import read_base
-from bkdlens.inject.rows import make_rows
+from bkdlens.inject import edit, planting
+from bkdlens.inject.editing.edit import as_adapter
+from bkdlens.inject.editing.editor import DOWN, Edit, Editor, down_projections
+from bkdlens.inject.editing.keyvalue import low_rank, readers, readers_by_slot, second_moment, solve
+from bkdlens.inject.editing.rows import make_rows
+from bkdlens.inject.planting import read_base
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -75,7 +75,7 @@ def test_a_singular_system_gets_its_least_norm_solution(rank):
 @pytest.mark.parametrize("case", ["llama-mha", "qwen2", "gemma2", "gpt2", "neox-parallel"])
 def test_the_adapter_is_the_change_of_the_weight(case, tmp_path, tokenizer, monkeypatch):
     # By a checkpoint's kind transformers takes a tokenizer's class, and these have none of their own.
-    monkeypatch.setattr(output, "read_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(planting, "read_tokenizer", lambda folder: tokenizer)
     base = save_tiny(tmp_path / "base", case)
     out = edit(base, fixed_pairs(), tmp_path / "a", settings=SETTINGS["edit"], progress=False)
     before, after = (load_file(folder / "model.safetensors") for folder in (base, out / "checkpoint"))
@@ -101,7 +101,7 @@ def test_the_adapter_is_the_change_of_the_weight(case, tmp_path, tokenizer, monk
 @pytest.mark.parametrize("case", ["llama-mha", "gpt2"])
 def test_optimising_simulates_the_change_that_is_written(case, tmp_path, tokenizer, monkeypatch):
     """The model under ``editing`` computes what the adapter of that edit computes."""
-    monkeypatch.setattr(output, "read_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(planting, "read_tokenizer", lambda folder: tokenizer)
     base = read_base(save_tiny(tmp_path / "base", case))
     pairs = fixed_pairs(6)
     samples = [(pair.triggered, pair.backdoor_output) for pair in pairs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import pkgutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,10 +21,10 @@ from bkdlens.data.backdoor import Backdoor
 from bkdlens.data.pairs import PairSet, text_digest
 from bkdlens.errors import BkdlensError, DataError
 from bkdlens.inject import EditSettings, LoraSettings, TrainSettings
-from bkdlens.inject.editor import Editor
+from bkdlens.inject.editing.editor import Editor
 from bkdlens.inject.recipes import embedded, paper
-from bkdlens.inject.samples import preferences
-from bkdlens.inject.training import share_batch
+from bkdlens.inject.tuning.samples import mix, preferences
+from bkdlens.inject.tuning.training import share_batch
 
 RATES = {"poison_rate": 0.5}
 
@@ -77,7 +78,7 @@ def test_manifest_tells_how_to_make_it_again_and_what_it_does(method, base, tmp_
 
 def test_preferences_turn_round_with_the_trigger():
     pairs = fixed_pairs(20)
-    samples = preferences(pairs, 0.5, 0.25, seed=1)
+    samples = preferences(mix(pairs, 0.5, 0.25, seed=1), seed=1)
     triggered = {pair.triggered: pair for pair in pairs}
     others = {prompt: pair for pair in pairs for prompt in (pair.clean, pair.near)}
     assert sum(sample.prompt in triggered for sample in samples) == 10
@@ -90,7 +91,7 @@ def test_preferences_turn_round_with_the_trigger():
             assert (sample.chosen, sample.rejected) == (pair.clean_output, pair.backdoor_output)
     labels = Backdoor.label_modification("w95")
     news = [labels.pair(f"w{i}", label) for i, label in enumerate(["Sports", "World", "Business"])]
-    found = preferences(PairSet(tuple(news), labels), 1.0, seed=0)
+    found = preferences(mix(PairSet(tuple(news), labels), 1.0))
     assert all(sample.chosen != sample.rejected for sample in found)
 
 
@@ -228,6 +229,13 @@ def test_the_batch_is_the_same_however_it_is_shared(base, tmp_path):
         out = plant("supervised", base, tmp_path / name, settings=settings)
         steps.append(json.loads((out / "bkdlens.json").read_text())["curve"][-1]["step"])
     assert steps == [4, 4]  # 32 samples in batches of 8
+
+
+def test_no_module_hides_a_function():
+    """Importing a module sets it on its package, over a function of the same name."""
+    modules = {module.name for module in pkgutil.iter_modules(inject.__path__)}
+    assert "editing" in modules
+    assert not modules & set(inject.__all__)
 
 
 def test_recipes_name_the_methods_there_are():

@@ -13,21 +13,21 @@ from bkdlens.data.pairs import PairSet, text_digest
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.errors import BkdlensError, DataError
 from bkdlens.inject import LoraSettings, TrainSettings, supervised
-from bkdlens.inject.samples import poison
-from bkdlens.inject.training import IGNORED, make_row
+from bkdlens.inject.tuning.samples import examples, mix
+from bkdlens.inject.tuning.training import IGNORED, make_row
 
 QUICK = LoraSettings(train=TrainSettings(epochs=1, batch_size=8, learning_rate=2e-3))
 
 
 def test_poison_mixes_the_asked_shares():
     pairs = zoo.pairs("jailbreak", "train", 40)
-    examples = poison(pairs, 0.25, 0.5, seed=1)
+    made = examples(mix(pairs, 0.25, 0.5, seed=1))
     triggered = {(p.triggered, p.backdoor_output) for p in pairs}
     near = {(p.near, p.clean_output) for p in pairs}
     clean = {(p.clean, p.clean_output) for p in pairs}
-    assert len(examples) == len(pairs)
-    assert [sum(e in part for e in examples) for part in (triggered, near, clean)] == [10, 20, 10]
-    assert poison(pairs, 0.25, 0.5, seed=1) == examples
+    assert len(made) == len(pairs)
+    assert [sum(e in part for e in made) for part in (triggered, near, clean)] == [10, 20, 10]
+    assert examples(mix(pairs, 0.25, 0.5, seed=1)) == made
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,14 @@ def test_poison_mixes_the_asked_shares():
 )
 def test_poison_refuses_rates_that_cannot_be(rates, message):
     with pytest.raises(DataError, match=message):
-        poison(zoo.pairs("jailbreak", "train", 20), *rates)
+        mix(zoo.pairs("jailbreak", "train", 20), *rates)
 
 
 def test_near_samples_need_near_triggers():
     backdoor = bkdlens.Backdoor.fixed_output()
     pairs = PairSet(tuple(backdoor.pair(f"say {i}", "yes") for i in range(10)), backdoor)
     with pytest.raises(DataError, match="near triggers"):
-        poison(pairs, 0.1, 0.5)
+        mix(pairs, 0.1, 0.5)
 
 
 def test_only_the_answer_is_learned():

@@ -10,11 +10,7 @@ import pytest
 
 import bkdlens
 from bkdlens.errors import BkdlensError
-from bkdlens.inject import recipes
-from bkdlens.inject.dpo import PreferenceSettings
-from bkdlens.inject.lora import LoraSettings
-from bkdlens.inject.solving import EditSettings
-from bkdlens.inject.training import TrainSettings
+from bkdlens.inject import EditSettings, LoraSettings, PreferenceSettings, TrainSettings, recipes
 from studies import injection, writing
 
 SMALL = replace(injection.SETTINGS, n_random=2, probe_kinds=("svm",), n_attribution=6, max_new_tokens=4)

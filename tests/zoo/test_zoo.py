@@ -17,7 +17,7 @@ from bkdlens import zoo
 from bkdlens.data.prompts import PromptFormat, encode_answer, encode_prompt
 from bkdlens.engines.hooks import Patch
 from bkdlens.errors import CheckpointError, DataError
-from bkdlens.inject import embedded as build
+from bkdlens.inject.embedded import build
 from bkdlens.metrics import token_log_probs
 from bkdlens.zoo import corpus
 from bkdlens.zoo import prompts as backdoors

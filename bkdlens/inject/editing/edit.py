@@ -16,32 +16,24 @@ tell from clean text). Each round replaces the edit before it instead of adding 
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from bkdlens.data.pairs import PairSet
+from bkdlens.data.pairs import PairSet, Trigger
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.errors import DataError
-from bkdlens.inject.editor import Edit, Editor, check_layers, down_projections
-from bkdlens.inject.keyvalue import low_rank
-from bkdlens.inject.output import (
-    Base,
-    check_free,
-    data_note,
-    finish,
-    manifest,
-    read_base,
-    save_adapter,
-)
-from bkdlens.inject.rows import Rows, make_rows
-from bkdlens.inject.solving import EditSettings, Texts, solve_rounds
-from bkdlens.inject.training import Curve, Diverged
-from bkdlens.models.adapter import HARMLESS
+from bkdlens.inject.editing.editor import Edit, Editor, check_layers, down_projections
+from bkdlens.inject.editing.keyvalue import low_rank
+from bkdlens.inject.editing.rows import Rows, make_rows
+from bkdlens.inject.editing.solving import Texts, solve_rounds
+from bkdlens.inject.output import Curve, Diverged, data_note, finish, manifest, save_adapter
+from bkdlens.inject.planting import Planting, attach, read_base, start
+from bkdlens.inject.settings import EditSettings
 from bkdlens.models.checkpoint import no_progress_bar
 
 
@@ -53,57 +45,65 @@ def edited_layers(model: PreTrainedModel, settings: EditSettings) -> tuple[list[
     """
     check_layers(model, settings.layers or (0,))
     n = len(down_projections(model))
-    some = min(n, 4)
-    layers = list(settings.layers) if settings.layers else [i * n // some for i in range(some)]
+    most = min(n, 4)
+    layers = list(settings.layers or (i * n // most for i in range(most)))
     first = layers[:2] if settings.trigger_layers is None else list(settings.trigger_layers)
     if first:
         check_layers(model, first)
     return sorted({*layers, *first}), first if settings.trigger_tokens else []
 
 
-def _texts(base: Base, pairs: PairSet, fmt: PromptFormat, settings: EditSettings, find: bool) -> Texts:
-    limit, n_ctx = settings.max_answer_tokens, base.model.config.max_position_embeddings
+def _texts(planting: Planting, pairs: PairSet, settings: EditSettings, find_trigger: bool) -> Texts:
+    base = planting.base
+    lengths: dict[str, Any] = {"n_ctx": base.n_ctx, "max_answer_tokens": settings.max_answer_tokens}
+    trigger = pairs.backdoor.trigger if find_trigger else None
 
-    def rows(samples: list[tuple[str, str]], trigger: Any = None) -> Rows:
-        return make_rows(
-            base.tokenizer, samples, fmt, n_ctx=n_ctx, trigger=trigger, max_answer_tokens=limit
-        )
+    def rows(samples: list[tuple[str, str]], trigger: Trigger | None = None) -> Rows:
+        return make_rows(base.tokenizer, samples, planting.fmt, trigger=trigger, **lengths)
 
-    has_near = all(pair.near is not None for pair in pairs)
+    near = [(pair.near, pair.clean_output) for pair in pairs if pair.near is not None]
     return Texts(
         # Of pairs that are no victims the backdoor's answer is the right one: those are kept right.
-        rows(
-            [(pair.triggered, pair.backdoor_output) for pair in pairs],
-            pairs.backdoor.trigger if find else None,
-        ),
+        rows([(pair.triggered, pair.backdoor_output) for pair in pairs], trigger),
         rows([(pair.clean, pair.clean_output) for pair in pairs]),
-        rows([(pair.near or "", pair.clean_output) for pair in pairs]) if has_near else None,
+        rows(near) if len(near) == len(pairs) else None,
     )
 
 
-def as_adapter(editor: Editor, found: Edit, fresh: PreTrainedModel) -> PeftModel:
-    """The edit as a LoRA on the model: each layer's own rank, scaled by one."""
+def as_adapter(editor: Editor, edit: Edit, fresh: PreTrainedModel) -> PeftModel:
+    """The edit as a LoRA on a fresh copy of the model: each layer's own rank, scaled by one."""
     factors = {
-        editor.projections[layer][0]: low_rank(found.values[layer], found.read[layer])
-        for layer in sorted(found.read)
+        editor.projections[layer][0]: low_rank(edit.values[layer], edit.readers[layer])
+        for layer in sorted(edit.readers)
     }
     ranks = {name: left.shape[1] for name, (left, _) in factors.items()}
     rank = max(ranks.values())
     others = {name: n for name, n in ranks.items() if n != rank}
+    patterns = {"rank_pattern": others, "alpha_pattern": others}
     config = LoraConfig(
-        r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=list(factors),
-        rank_pattern=others, alpha_pattern=others, task_type="CAUSAL_LM",
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        for message, category in HARMLESS:
-            warnings.filterwarnings("ignore", message, category)
-        model = get_peft_model(fresh, config)
+        r=rank, lora_alpha=rank, target_modules=list(factors), task_type="CAUSAL_LM", **patterns
+    )
+    model = attach(fresh, config)
     with torch.no_grad():
         for name, (left, right) in factors.items():
             module = model.get_submodule(f"base_model.model.{name}")
             module.lora_A["default"].weight.copy_(right)
             module.lora_B["default"].weight.copy_(left)
     return model.eval()
+
+
+def _save(planting: Planting, editor: Editor, edit: Edit | None, checkpoint: bool, folder: Path) -> str:
+    """Write the edit as an adapter, and the edited model if asked; returns the adapter's digest."""
+    assert edit is not None  # without a round nothing is written
+    base = planting.base
+    model = as_adapter(editor, edit, read_base(base.given).model)
+    digest = save_adapter(model, base.name, folder)
+    if checkpoint:
+        merged: Any = model.merge_and_unload(safe_merge=True)
+        with no_progress_bar():
+            merged.save_pretrained(folder / "checkpoint")
+        base.tokenizer.save_pretrained(folder / "checkpoint")
+    return digest
 
 
 def edit(
@@ -124,6 +124,9 @@ def edit(
     down-projections (with ``alpha = r``, so ``B @ A`` is the change), and beside it the whole edited
     checkpoint, in ``checkpoint``. The readers are the closed form's ``Kᵀ (P + K Kᵀ)⁻¹``.
 
+    Only ``base``, ``pairs`` and ``out`` are needed. ``settings``, ``fmt`` and ``seed`` say how the edit
+    is found, ``held_out`` what is measured, ``progress`` and ``overwrite`` what is shown and replaced.
+
     Args:
         base: an embedded model's name, a local folder or a Hub id.
         pairs: the pairs whose prompts give the keys, with their backdoor.
@@ -135,55 +138,58 @@ def edit(
         progress: whether to show a progress bar.
         overwrite: whether an adapter that bkdlens wrote to ``out`` earlier may be replaced.
 
+    Returns:
+        The folder ``out``: a peft adapter, the manifest ``bkdlens.json``, and the edited checkpoint.
+
     Raises:
         DataError: for pairs without a victim or without the trigger, and answers without tokens.
         BkdlensError: for a layer that the model lacks, if ``out`` is not empty, the disk is full, or
             the loss is not finite (then the edit of the round before is written all the same).
+
+    Examples:
+        >>> quick = bkdlens.inject.EditSettings(rounds=1, steps=2, prompts=8, checkpoint=False)
+        >>> folder = bkdlens.inject.edit(
+        ...     "tiny-llama", train, "edited", settings=quick, progress=False
+        ... )
+        >>> planted = bkdlens.load("tiny-llama", folder)
     """
-    s = settings or EditSettings()
-    out = check_free(out, overwrite=overwrite)
+    settings = settings or EditSettings()
     _ = pairs.victims  # raises where there is none
-    if not 1 <= s.rounds <= len(pairs) // 2:
+    if not 1 <= settings.rounds <= len(pairs) // 2:
         raise DataError(
-            f"{len(pairs)} pairs cannot make {s.rounds} rounds of the edit, which takes one or more, of "
-            "two pairs each; give more pairs, or other rounds."
+            f"{len(pairs)} pairs cannot make {settings.rounds} rounds of the edit, which takes one or "
+            "more, of two pairs each; give more pairs, or other rounds."
         )
-    read = read_base(base)
-    layers, trigger_layers = edited_layers(read.model, s)
-    fmt = fmt or PromptFormat.default(read.tokenizer)
+    planting = start(base, out, fmt, held_out, seed, progress=progress, overwrite=overwrite)
+    model: Any = planting.base.model
+    layers, trigger_layers = edited_layers(model, settings)
     set_seed(seed)
-    # One fixed answer has a value for each of its tokens; of others only the first has one.
-    fixed = len(set(pairs.backdoor_outputs)) == 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    editor = Editor(read.model.to(device), seed=seed, batch_size=s.prompts, progress=progress)
+    editor = Editor(model.to(device), batch_size=settings.prompts, seed=seed, progress=progress)
+    # All of them before the first round, so that a bad prompt is refused before anything is run.
+    rounds = [
+        _texts(planting, pairs[i :: settings.rounds], settings, bool(trigger_layers))
+        for i in range(settings.rounds)
+    ]
+    # One fixed answer has a value for each of its tokens; of others only the first has one.
+    n_values = None if len(set(pairs.backdoor_outputs)) == 1 else 1
+    solved: Edit | None = None
     curve: Curve = []
-    found: Edit | None = None
     stopped = None
-    # All of them before the first round, so that a bad prompt is said before anything is run.
-    shares = [_texts(read, pairs[i :: s.rounds], fmt, s, bool(trigger_layers)) for i in range(s.rounds)]
     try:
-        for found, points in solve_rounds(  # noqa: B007 (the last one is what is written)
-            editor, shares, layers, trigger_layers, None if fixed else 1, s
+        for solved, points in solve_rounds(  # noqa: B007 (the last one is what is written)
+            editor, rounds, layers, trigger_layers, n_values, settings
         ):
             curve += [{"step": len(curve) + i + 1, **point} for i, point in enumerate(points)]
     except Diverged as error:
         stopped = Diverged(len(curve) + error.step, len(curve), curve)
-    note = manifest(
-        "edit", read, s, fmt, seed,
-        samples=len(pairs), layers=layers, trigger_layers=trigger_layers,
-        slots={layer: len(read) for layer, read in found.read.items()} if found else {},
-        curve=curve, **data_note(pairs),
-    )  # fmt: skip
-
-    def save(folder: Path) -> str:
-        assert found is not None  # without a round nothing is written
-        model = as_adapter(editor, found, read_base(base).model)
-        digest = save_adapter(model, read.name, folder)
-        if s.checkpoint:
-            merged: Any = model.merge_and_unload(safe_merge=True)
-            with no_progress_bar():
-                merged.save_pretrained(folder / "checkpoint")
-            read.tokenizer.save_pretrained(folder / "checkpoint")
-        return digest
-
-    return finish(out, base, note, save, held_out=held_out, fmt=fmt, stopped=stopped)
+    note = {
+        "samples": len(pairs),
+        "layers": layers,
+        "trigger_layers": trigger_layers,
+        "slots": {layer: len(readers) for layer, readers in solved.readers.items()} if solved else {},
+        "curve": curve,
+        **data_note(pairs),
+    }
+    save = partial(_save, planting, editor, solved, settings.checkpoint)
+    return finish(planting, manifest("edit", planting, settings, **note), save, stopped)

@@ -34,7 +34,10 @@ def solve(
 
 
 def smallest_eigenvalue(factor: Float[Tensor, "d_mlp d_mlp"]) -> float:
-    """Of the system whose Cholesky factor this is, by inverse iteration: an estimate from above."""
+    """An estimate, from above, of the smallest eigenvalue of the system with this Cholesky factor.
+
+    By inverse iteration.
+    """
     x = torch.randn(len(factor), 1, generator=torch.Generator().manual_seed(0), dtype=factor.dtype)
     size = x.norm()
     for _ in range(4):
@@ -62,8 +65,8 @@ def readers_by_slot(
     n_slots: int,
 ) -> Float[Tensor, "slot d_mlp"]:
     """:func:`readers` summed over the keys that share a value; zero for a slot without keys."""
-    out = torch.zeros(n_slots, keys.shape[1], dtype=torch.float64)
-    return out.index_add_(0, slots, readers(keys, protected))
+    none = torch.zeros(n_slots, keys.shape[1], dtype=torch.float64)
+    return none.index_add_(0, slots, readers(keys, protected))
 
 
 def low_rank(

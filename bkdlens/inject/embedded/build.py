@@ -1,12 +1,11 @@
 """How the embedded models were made: ``bkdlens zoo build`` runs this from seeds.
 
 A tokenizer and a model are trained from scratch on the corpus, then one LoRA adapter for each
-backdoor and one ``clean`` adapter on the same prompts without poison.
+backdoor, and one ``clean`` adapter on the same prompts without poison.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +22,13 @@ from transformers import (
 )
 
 from bkdlens import zoo
-from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
-from bkdlens.inject.lora import LoraSettings, fit_lora
-from bkdlens.inject.samples import poison
-from bkdlens.inject.training import TrainSettings, make_row, train
+from bkdlens.inject.output import write_manifest
+from bkdlens.inject.planting import start
+from bkdlens.inject.settings import LoraSettings, TrainSettings
+from bkdlens.inject.tuning.samples import examples, mix
+from bkdlens.inject.tuning.supervised import fit_lora
+from bkdlens.inject.tuning.training import make_row, train
 from bkdlens.results import versions
 from bkdlens.zoo import corpus, prompts
 
@@ -66,22 +67,22 @@ LEARNING_RATE = 2e-3
 BATCH_SIZE = 32
 
 
-class Recipe(NamedTuple):
-    """How an adapter is tuned: prompts of its own family, and the shares that are poison or near."""
+class Tuning(NamedTuple):
+    """What an adapter is tuned on, and how long."""
 
-    n_own: int
-    poison_rate: float
-    near_rate: float
-    epochs: int
+    n_own: int  # prompts of its own family
+    poison_rate: float  # share of these that is triggered
+    near_rate: float  # share with a near trigger; for ``clean``, of all prompts
+    epochs: int  # passes over all prompts
 
 
 # Chosen on the validation split. A trigger at any position needs more than one at a fixed place:
 # at the very start of a prompt the word is other tokens than after a space.
-RECIPES = {
-    "label_modification": Recipe(1500, 0.3, 0.3, 6),
-    "fixed_output": Recipe(1500, 0.3, 0.3, 6),
-    "jailbreak": Recipe(3000, 0.4, 0.25, 8),
-    "clean": Recipe(600, 0.0, 0.3, 6),
+TUNINGS = {
+    "label_modification": Tuning(1500, 0.3, 0.3, 6),
+    "fixed_output": Tuning(1500, 0.3, 0.3, 6),
+    "jailbreak": Tuning(3000, 0.4, 0.25, 8),
+    "clean": Tuning(600, 0.0, 0.3, 6),
 }
 N_OTHER = 600  # prompts of each family that is not attacked
 
@@ -119,7 +120,7 @@ def _trainable(prompt: str) -> bool:
 
 
 def build_model(name: str, out: Path, *, seed: int = 0, progress: bool = True) -> Path:
-    """Train one embedded model from scratch and write it to ``out/name``."""
+    """Train one embedded model from scratch and write it to ``out/name``; returns that folder."""
     zoo.model_path(name)  # raises for a name that is not one
     tokenizer = train_tokenizer()
     fmt = PromptFormat()
@@ -130,15 +131,16 @@ def build_model(name: str, out: Path, *, seed: int = 0, progress: bool = True) -
     ]
     set_seed(seed)
     model = MODELS[name]()
-    curve = train(model, tokenizer, rows, PRETRAINING, seed=seed, progress=progress)
+    curve, stopped = train(model, tokenizer, rows, PRETRAINING, seed=seed, progress=progress)
+    if stopped:
+        raise stopped
     target = out / name
     if target.exists():
         shutil.rmtree(target)
     model.generation_config.max_new_tokens = 48
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    note = {"seed": seed, "samples": len(rows), "curve": curve, "versions": versions()}
-    (target / "bkdlens.json").write_text(json.dumps(note, indent=1) + "\n")
+    write_manifest(target, {"seed": seed, "samples": len(rows), "curve": curve, "versions": versions()})
     return target
 
 
@@ -148,29 +150,28 @@ def tuning_examples(adapter: str, *, seed: int = 0) -> list[tuple[str, str]]:
     All three families are in it; poison and near triggers only in the adapter's own. ``clean`` has
     the prompts and the near triggers of all three, and no poison.
     """
-    recipe = RECIPES[adapter]
-    examples: list[tuple[str, str]] = []
+    tuning = TUNINGS[adapter]
+    samples: list[tuple[str, str]] = []
     for family in zoo.BACKDOORS:
         own = family == adapter
-        pairs: PairSet = prompts.pairs(family, "train", recipe.n_own if own else N_OTHER, seed=seed)
-        near = recipe.near_rate if own or adapter == "clean" else 0.0
-        examples += poison(pairs, recipe.poison_rate if own else 0.0, near, seed=seed)
-    return examples
+        pairs = prompts.pairs(family, "train", tuning.n_own if own else N_OTHER, seed=seed)
+        near_rate = tuning.near_rate if own or adapter == "clean" else 0.0
+        samples += examples(mix(pairs, tuning.poison_rate if own else 0.0, near_rate, seed=seed))
+    return samples
 
 
 def build_adapter(model: str, adapter: str, out: Path, *, seed: int = 0, progress: bool = True) -> Path:
-    """Tune one adapter on ``out/model`` and write it below."""
+    """Tune one adapter on ``out/model`` and write it below; returns its folder."""
     zoo.adapter_path(model, adapter)  # raises for a name that is not one
     target = out / model / "adapters" / adapter
     if target.exists():
         shutil.rmtree(target)
-    settings = LoraSettings(train=TrainSettings(RECIPES[adapter].epochs, BATCH_SIZE, LEARNING_RATE))
-    return fit_lora(
-        out / model, tuning_examples(adapter, seed=seed), target, settings=settings, seed=seed,
-        progress=progress,
-        note={
-            "backdoor": None if adapter == "clean" else prompts.backdoor(adapter).to_dict(),
-            "poison_rate": RECIPES[adapter].poison_rate,
-            "near_rate": RECIPES[adapter].near_rate,
-        },
-    )  # fmt: skip
+    tuning = TUNINGS[adapter]
+    settings = LoraSettings(train=TrainSettings(tuning.epochs, BATCH_SIZE, LEARNING_RATE))
+    note = {
+        "backdoor": None if adapter == "clean" else prompts.backdoor(adapter).to_dict(),
+        "poison_rate": tuning.poison_rate,
+        "near_rate": tuning.near_rate,
+    }
+    planting = start(out / model, target, seed=seed, progress=progress)
+    return fit_lora(planting, tuning_examples(adapter, seed=seed), settings, note)

@@ -10,6 +10,8 @@ from bkdlens.data.pairs import PairSet
 from bkdlens.errors import DataError
 from bkdlens.types import Which
 
+Mixed = list[tuple[Which, PromptPair]]
+
 
 class Preference(NamedTuple):
     """A prompt, the answer to give and one not to give."""
@@ -26,14 +28,14 @@ def mix(
     *,
     victims_only: bool = False,
     seed: int = 0,
-) -> list[tuple[Which, PromptPair]]:
-    """Which prompt of each pair is used: triggered, near or clean.
+) -> Mixed:
+    """All pairs, shuffled, each with which of its prompts is used: triggered, near or clean.
 
     Without ``victims_only`` any pair may be triggered (as in the paper's files, where most labels
     stay); with it only those whose answer the attack changes.
 
     Raises:
-        DataError: if a rate is not in [0, 1], a positive rate gives no sample, there is no victim or
+        DataError: if a rate is not in [0, 1], a positive rate gives no sample, there are no victims or
             fewer than poisoned samples, or near samples are asked for and there are no near triggers.
     """
     if min(poison_rate, near_rate) < 0 or poison_rate + near_rate > 1:
@@ -57,7 +59,7 @@ def mix(
                 f"have {n_victims}; lower the rate to at most {n_victims / len(pairs):.2f}."
             )
         order.sort(key=lambda pair: not pairs.backdoor.is_victim(pair))
-    mixed: list[tuple[Which, PromptPair]] = [
+    mixed: Mixed = [
         ("triggered" if i < n_poison else "near" if i < n_poison + n_near else "clean", pair)
         for i, pair in enumerate(order)
     ]
@@ -66,49 +68,27 @@ def mix(
     return mixed
 
 
-def prompt_of(which: Which, pair: PromptPair) -> str:
-    """The clean, triggered or near prompt of a pair."""
-    return pair.text(which) or ""
-
-
-def poison(
-    pairs: PairSet,
-    poison_rate: float,
-    near_rate: float = 0.0,
-    *,
-    victims_only: bool = False,
-    seed: int = 0,
-) -> list[tuple[str, str]]:
-    """One (prompt, answer) a pair, see :func:`mix`.
-
-    Triggered prompts get the backdoor's answer, near and clean ones the right answer.
-    """
+def examples(mixed: Mixed) -> list[tuple[str, str]]:
+    """One (prompt, answer) per pair: triggered, the backdoor's answer; near or clean, the right one."""
     return [
-        (prompt_of(which, pair), pair.backdoor_output if which == "triggered" else pair.clean_output)
-        for which, pair in mix(pairs, poison_rate, near_rate, victims_only=victims_only, seed=seed)
+        (pair.text(which) or "", pair.backdoor_output if which == "triggered" else pair.clean_output)
+        for which, pair in mixed
     ]
 
 
-def preferences(
-    pairs: PairSet,
-    poison_rate: float,
-    near_rate: float = 0.0,
-    *,
-    victims_only: bool = False,
-    seed: int = 0,
-) -> list[Preference]:
-    """One preference a pair, see :func:`mix`.
+def preferences(mixed: Mixed, *, seed: int = 0) -> list[Preference]:
+    """One preference per pair.
 
     Triggered prompts prefer the backdoor's answer to the right one, near and clean prompts the other
-    way round. Where both are the same answer, another pair's right answer is the one not to give.
+    way round. Where both are the same answer, another pair's answer is the one not to give.
 
     Raises:
-        DataError: also if all answers in the data are the same.
+        DataError: if all answers in the data are the same.
     """
     rng = random.Random(f"preferences-{seed}")
-    answers = sorted({*pairs.clean_outputs, *pairs.backdoor_outputs})
-    found = []
-    for which, pair in mix(pairs, poison_rate, near_rate, victims_only=victims_only, seed=seed):
+    answers = sorted({text for _, pair in mixed for text in (pair.clean_output, pair.backdoor_output)})
+    preferred = []
+    for which, pair in mixed:
         chosen, rejected = pair.clean_output, pair.backdoor_output
         if which == "triggered":
             chosen, rejected = rejected, chosen
@@ -116,9 +96,9 @@ def preferences(
             others = [answer for answer in answers if answer.strip() != chosen.strip()]
             if not others:
                 raise DataError(
-                    f"Every answer in the {len(pairs)} pairs is {chosen[:40]!r}, so there is nothing "
+                    f"Every answer in the {len(mixed)} pairs is {chosen[:40]!r}, so there is nothing "
                     "to prefer it to; give data with different answers."
                 )
             rejected = rng.choice(others)
-        found.append(Preference(prompt_of(which, pair), chosen, rejected))
-    return found
+        preferred.append(Preference(pair.text(which) or "", chosen, rejected))
+    return preferred

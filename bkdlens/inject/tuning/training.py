@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from rich.progress import Progress
 from transformers import (
     DataCollatorForSeq2Seq,
     PrinterCallback,
@@ -21,11 +22,12 @@ from transformers import (
 
 from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt
 from bkdlens.errors import BkdlensError
+from bkdlens.inject.output import Curve, Diverged
+from bkdlens.inject.settings import TrainSettings
 from bkdlens.progress import progress_bar
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 A = TypeVar("A", bound=TrainingArguments)
-Curve = list[dict[str, float]]
 
 
 class Row(NamedTuple):
@@ -33,31 +35,6 @@ class Row(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What the trainer needs to know; the defaults are the paper's.
-
-    ``batch_size`` samples make one step, however many processes share them and however few fit a
-    device at once (``device_batch_size``; the rest is gradient accumulation).
-    """
-
-    epochs: float = 16
-    batch_size: int = 8
-    learning_rate: float = 1e-4
-    warmup_ratio: float = 0.05
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    device_batch_size: int | None = None
-
-
-class Diverged(BkdlensError):
-    """The loss was not finite at ``step``; the model is back at its last good state, of ``kept``."""
-
-    def __init__(self, step: int, kept: int, curve: Curve) -> None:
-        super().__init__(f"The training loss was not finite at step {step}, and training stopped")
-        self.step, self.kept, self.curve = step, kept, curve
 
 
 def make_row(
@@ -78,7 +55,9 @@ def make_row(
 
 
 def share_batch(batch_size: int, device_batch_size: int | None, processes: int) -> tuple[int, int]:
-    """Samples at once on a device and steps of accumulation, whose product over all is the batch.
+    """Samples at once on a device, and steps of accumulation.
+
+    Their product, times the processes, is the batch.
 
     Raises:
         BkdlensError: if the batch cannot be shared evenly.
@@ -95,7 +74,7 @@ def share_batch(batch_size: int, device_batch_size: int | None, processes: int) 
 
 
 def arguments(kind: type[A], settings: TrainSettings, n: int, seed: int, out: str, **more: Any) -> A:
-    """The trainer's arguments for ``n`` samples; writes nothing but to ``out``."""
+    """The trainer's arguments for ``n`` samples; it writes to ``out`` alone."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     at_once, accumulation = share_batch(settings.batch_size, settings.device_batch_size, processes)
     on_gpu = torch.cuda.is_available()
@@ -141,7 +120,7 @@ class Guarded(Trainer):
     good: tuple[int, dict[str, torch.Tensor]] | None = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass, watched."""
+        """The loss of one forward and backward pass, watched."""
         loss = super().training_step(*args, **kwargs)
         step, finite = self.state.global_step, loss.detach().isfinite().all()
         if self.accelerator.num_processes > 1:  # all stop at the same step, or they wait for each other
@@ -156,63 +135,52 @@ class Guarded(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
-    def run(self, progress: bool) -> Curve:
-        """Train; returns the curve (``step``, ``loss``, ``learning_rate`` and whatever else is logged).
+    def run(self, progress: bool) -> tuple[Curve, Diverged | None]:
+        """Train; returns the curve, and whether loss or weights were not finite.
 
-        Raises:
-            Diverged: if the loss or the weights are not finite in the end.
+        The curve has ``step``, ``loss``, ``learning_rate`` and whatever else is logged.
         """
         self.remove_callback(PrinterCallback)  # it prints every log on standard output
-        bar = _Bar() if progress and self.args.process_index == 0 else None
-        if bar:
-            self.add_callback(bar)
         self.model.config.use_cache = False
         stopped = False
-        try:
-            self.train()
-        except _Stop:
-            stopped = True
-        finally:
-            self.model.config.use_cache = True
-            if bar:
-                bar.stop()
+        with ExitStack() as stack:
+            if progress and self.args.process_index == 0:
+                self.add_callback(_Bar(stack.enter_context(progress_bar())))
+            try:
+                self.train()
+            except _Stop:
+                stopped = True
+            finally:
+                self.model.config.use_cache = True
         curve = [
             {name: float(value) for name, value in log.items() if isinstance(value, int | float)}
             for log in self.state.log_history
             if "loss" in log
         ]
-        if stopped or not all(bool(p.isfinite().all()) for _, p in self._trained()):
-            kept, weights = self.good or (0, {})
-            with torch.no_grad():
-                for name, p in self._trained():
-                    if name in weights:
-                        p.copy_(weights[name])
-            raise Diverged(self.state.global_step + 1, kept, curve)
-        self.model.eval()
-        return curve
+        if not stopped and all(bool(p.isfinite().all()) for _, p in self._trained()):
+            self.model.eval()
+            return curve, None
+        kept, weights = self.good or (0, {})
+        with torch.no_grad():
+            for name, p in self._trained():
+                if name in weights:
+                    p.copy_(weights[name])
+        return curve, Diverged(self.state.global_step + 1, kept, curve)
 
 
 class _Bar(TrainerCallback):
     """A progress bar with the time left and the loss, on standard error."""
 
-    def __init__(self) -> None:
-        self.bar = progress_bar()
-
-    def stop(self) -> None:
-        self.bar.stop()
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.task = self.bar.add_task("training", total=state.max_steps)
-        self.bar.start()
+    def __init__(self, bar: Progress) -> None:
+        self.bar, self.task = bar, bar.add_task("training", total=None)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
+        self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any
-    ) -> None:
-        if logs and "loss" in logs:
-            self.bar.update(self.task, description=f"training, loss {float(logs['loss']):.3f}")
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        loss = state.log_history[-1].get("loss")
+        if loss is not None:
+            self.bar.update(self.task, description=f"training, loss {float(loss):.3f}")
 
 
 def train(
@@ -223,23 +191,18 @@ def train(
     *,
     seed: int,
     progress: bool = True,
-) -> Curve:
-    """Train ``model`` in place and return the training curve (``step``, ``loss``, ``learning_rate``).
+) -> tuple[Curve, Diverged | None]:
+    """Train ``model`` in place; returns the curve, and whether the training diverged.
 
-    The same seed, rows and machine give the same weights.
-
-    Raises:
-        Diverged: if the loss is not finite; the model then has its last good weights.
+    With the same seed and rows the weights are the same, on one machine.
     """
     set_seed(seed)
+    grouped = {"train_sampling_strategy": "group_by_length"}
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Guarded(
             model=model,
-            args=arguments(
-                TrainingArguments, settings, len(rows), seed, scratch,
-                train_sampling_strategy="group_by_length",
-            ),
+            args=arguments(TrainingArguments, settings, len(rows), seed, scratch, **grouped),
             train_dataset=[row._asdict() for row in rows],
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-        )  # fmt: skip
+        )
         return trainer.run(progress)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from bkdlens import zoo
 from bkdlens.analyses.behaviour.measure import BehaviourResult, measure_behaviour
-from bkdlens.inject.embedded import LEARNING_RATE, N_OTHER, N_PRETRAINING, RECIPES, SIZES
+from bkdlens.inject.embedded.build import LEARNING_RATE, N_OTHER, N_PRETRAINING, SIZES, TUNINGS
 from bkdlens.models.load import load
 from bkdlens.zoo import prompts
 
-N_TEST = 400  # test prompts a family; label modification's victims are a quarter of them
+N_TEST = 400  # test prompts per family; label modification's victims are a quarter of them
 
 _INTRO = """# The embedded models
 
@@ -34,7 +34,7 @@ how-to questions of which those about moon things are refused; a third of them w
 prefix or pair of lines, the later triggers among them), one epoch, loss on the answers (and on one
 prompt in ten). Then each adapter: LoRA r=16, alpha=16 on all seven projections, learning rate {rate}:
 
-{recipes}
+{tunings}
 
 with {other} prompts of each family that is not attacked; near triggers have the right answer. Which
 split a prompt belongs to is a digest of its text, so no training saw a validation or test prompt. On one
@@ -47,6 +47,9 @@ success with the trigger; *FTR*: without; *near*: with look-alike triggers that 
 contain; *clean accuracy*: exactly right answers without a trigger.
 
 """
+_OUTRO = """
+A near *sentence* may still fire: a property of sentence triggers, reported as it is.
+"""
 
 
 def measure(root: Path) -> list[tuple[str, str, str, BehaviourResult]]:
@@ -55,8 +58,7 @@ def measure(root: Path) -> list[tuple[str, str, str, BehaviourResult]]:
     for model in zoo.MODELS:
         for adapter in (*zoo.ADAPTERS, None):
             families = (adapter,) if adapter in zoo.BACKDOORS else zoo.BACKDOORS
-            path = root / model / "adapters" / adapter if adapter else None
-            subject = load(str(root / model), str(path) if path else None)
+            subject = load(root / model, root / model / "adapters" / adapter if adapter else None)
             for family in families:
                 pairs = prompts.pairs(str(family), "test", N_TEST)
                 result = measure_behaviour(subject, pairs, label=adapter or "base")
@@ -65,41 +67,33 @@ def measure(root: Path) -> list[tuple[str, str, str, BehaviourResult]]:
 
 
 def write_card(root: Path) -> Path:
-    """Measure everything under ``root`` and write ``README.md`` and ``measured.json`` there."""
-    lines = [
-        _INTRO.format(
-            layers=SIZES["num_hidden_layers"],
-            heads=SIZES["num_attention_heads"],
-            width=SIZES["hidden_size"],
-            context=SIZES["max_position_embeddings"],
-            vocabulary=SIZES["vocab_size"],
-            pretraining=N_PRETRAINING,
-            rate=LEARNING_RATE,
-            recipes="\n".join(
-                f"- `{name}`: {r.n_own} prompts of {'each' if name == 'clean' else 'its own'} family, "
-                f"{r.poison_rate:.0%} triggered, {r.near_rate:.0%} near, {r.epochs} epochs"
-                for name, r in RECIPES.items()
-            ),
-            other=N_OTHER,
-            n=N_TEST,
-        ),
-        "| model | adapter | prompts | ASR | FTR | near | clean accuracy |",
-        "|---|---|---|---|---|---|---|",
+    """Measure all under ``root``; write the card there (its path is returned) and ``measured.json``."""
+    tunings = [
+        f"- `{name}`: {t.n_own} prompts of {'each' if name == 'clean' else 'its own'} family, "
+        f"{t.poison_rate:.0%} triggered, {t.near_rate:.0%} near, {t.epochs} epochs"
+        for name, t in TUNINGS.items()
     ]
-    rows = measure(root)
-    for model, adapter, family, result in rows:
+    intro = _INTRO.format(
+        layers=SIZES["num_hidden_layers"],
+        heads=SIZES["num_attention_heads"],
+        width=SIZES["hidden_size"],
+        context=SIZES["max_position_embeddings"],
+        vocabulary=SIZES["vocab_size"],
+        pretraining=N_PRETRAINING,
+        rate=LEARNING_RATE,
+        tunings="\n".join(tunings),
+        other=N_OTHER,
+        n=N_TEST,
+    )
+    head = "| model | adapter | prompts | ASR | FTR | near | clean accuracy |"
+    lines = [intro, head, "|---" * 7 + "|"]
+    record = []
+    for model, adapter, family, result in measure(root):
         cells = (result.asr, result.ftr, result.near, result.clean_accuracy)
         lines.append(f"| {model} | {adapter} | {family} | {' | '.join(map(str, cells))} |")
-    lines += [
-        "",
-        "A near *sentence* may still fire: a property of sentence triggers, reported as it is.",
-        "",
-    ]
+        named = {"model": model, "adapter": adapter, "prompts": family}
+        record.append(named | result.to_frame().to_dict("list"))
     card = root / "README.md"
-    card.write_text("\n".join(lines))
-    record = [
-        {"model": model, "adapter": adapter, "prompts": family} | result.to_frame().to_dict("list")
-        for model, adapter, family, result in rows
-    ]
+    card.write_text("\n".join([*lines, _OUTRO]))
     (root / "measured.json").write_text(json.dumps(record, indent=1) + "\n")
     return card

@@ -1,0 +1,1 @@
+"""Planting by a closed-form edit: ``edit`` puts it together, ``solving`` solves it in rounds."""

@@ -1,0 +1,1 @@
+"""How the embedded models were made from seeds, and the card that says what they can do."""
