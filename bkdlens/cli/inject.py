@@ -107,7 +107,8 @@ def inject(
         backdoor.check_embedded(adapter.base, data.clean_data)
     from bkdlens import inject as methods
     from bkdlens.inject import recipes
-    from bkdlens.inject.output import MANIFEST, is_main
+    from bkdlens.inject.output import is_main
+    from bkdlens.inject.planting import MANIFEST
     from bkdlens.metrics import Rate
 
     method, seed = adapter.method, adapter.seed

@@ -17,7 +17,7 @@ from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat, encode_prompt, find_trigger
 from bkdlens.data.trigger import Trigger
 from bkdlens.errors import DataError
-from bkdlens.inject.rows import make_rows
+from bkdlens.inject.editing.rows import make_rows
 
 WORD, BEGIN, END = Trigger("w95", "random"), Trigger("w95"), Trigger("w95", "end")
 SENTENCE = Trigger("w91 w92", "sentence", "w93")

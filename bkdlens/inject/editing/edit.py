@@ -24,8 +24,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from bkdlens.data.pairs import PairSet, Trigger
+from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
+from bkdlens.data.trigger import Trigger
 from bkdlens.errors import DataError
 from bkdlens.inject.editing.editor import Edit, Editor, check_layers, down_projections
 from bkdlens.inject.editing.keyvalue import low_rank
