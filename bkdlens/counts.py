@@ -10,17 +10,15 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
 from bkdlens.errors import ChoiceError
 from bkdlens.metrics import Rate
 from bkdlens.results import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +111,6 @@ class Counts(Result):
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """The result in long form, and a table per control with one row per draw."""
-        import pandas as pd
-
         frames = super().frames()
         for name, counted in self.controls.items():
             rows = []

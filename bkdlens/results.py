@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,7 +30,6 @@ from bkdlens.errors import HeadError, ResultError, unknown
 from bkdlens.types import Head
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
 
 R = TypeVar("R", bound="Result")
@@ -175,8 +175,17 @@ def figure(result: Result) -> go.Figure:
     The module ``figures`` beside a result's own registers how it is drawn. It is imported here, when a
     figure is first asked for, so that measuring needs no plotly.
 
+    Args:
+        result: of any analysis.
+
+    Returns:
+        The one that ``result.plot()`` gives.
+
     Raises:
         ResultError: for a kind of result that has no figure.
+
+    Examples:
+        >>> fig = bkdlens.plot.figure(heads)
     """
     figures = f"{type(result).__module__.rpartition('.')[0]}.figures"
     if figures.startswith("bkdlens.analyses.") and figures not in sys.modules:

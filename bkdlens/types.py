@@ -18,6 +18,7 @@ Architecture = Literal[
     "Gemma2ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM",
 ]  # fmt: skip
 Which = Literal["clean", "triggered", "near"]  # of a pair's prompts
+Side = Literal["clean", "triggered"]
 HeadSite = Literal["z", "result"]
 PatchSite = Literal["z", "result", "attn_out", "mlp_out"]
 VectorSite = Literal["resid_pre", "attn_out"]

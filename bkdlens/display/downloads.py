@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from bkdlens.results import Result
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,6 @@ class DataStore:
         return tuple(self._hold(f"{stem}{e}.csv", frames) for e, frames in tables.items())
 
     def _hold(self, name: str, frames: list[pd.DataFrame]) -> DataLink:
-        import pandas as pd
-
         whole = frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
         text = whole.to_csv(index=False, float_format="%.6g", lineterminator="\n")
         key = (f"{self.anchor}-{name}", text)

@@ -43,13 +43,12 @@ from bkdlens.engines.hooks import Patch, hooked, in_prefill
 from bkdlens.engines.sweep import sweep_patches
 from bkdlens.metrics import bootstrap_mean, sequence_log_prob, token_log_probs
 from bkdlens.results import provenance
-from bkdlens.types import Head, HeadSite, check_choice, every_head
+from bkdlens.types import Head, HeadSite, Side, check_choice, every_head
 
 # Where a head's new activation comes from; triggered ones go into clean prompts, the others into
 # triggered ones.
 PatchSource = Literal["triggered, mean", "triggered, own", "clean, mean", "clean, own", "zero"]
 SOURCES: tuple[PatchSource, ...] = get_args(PatchSource)
-Side = Literal["clean", "triggered"]
 MOST_POSITIONS = 6
 
 

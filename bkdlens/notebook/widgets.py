@@ -62,7 +62,7 @@ def explore(
 ) -> Explorer:
     """An interactive patching bench, the last line of a notebook's cell.
 
-    ``bkdlens.explore(model, test)``, or with menus of models and backdoors, loaded when picked:
+    With several models or sets of pairs it has menus of them, and loads what is picked:
     ``bkdlens.explore({"tiny-llama": partial(bkdlens.load, "tiny-llama")}, {"jailbreak": pairs})``
 
     Clicking on a head patches it into the chosen prompt; the slider patches the strongest heads
@@ -77,9 +77,15 @@ def explore(
         max_new_tokens: where an answer is cut.
         seed: of the draw.
 
+    Returns:
+        Widgets, which a notebook shows.
+
     Raises:
         BkdlensError: if ipywidgets or anywidget are missing.
         DataError: if there are no models or pairs, no victim, or prompts that do not fit the context.
+
+    Examples:
+        >>> bench = bkdlens.explore(model, test, n_pairs=2)
     """
     models = dict(model) if isinstance(model, Mapping) else {ONE: model}
     sets = {ONE: pairs} if isinstance(pairs, PairSet) else dict(pairs)

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from bkdlens.analyses.parts import PARTS
 from bkdlens.display.downloads import DataStore
-from bkdlens.display.drawing import DRAW, Drawer
+from bkdlens.display.drawing import Drawer
 from bkdlens.display.text import plain_json
 from bkdlens.report.claims import findings
 from bkdlens.report.compare import Comparison, compare
@@ -51,7 +51,9 @@ def write_report(studies: Sequence[Study], path: str | Path, *, title: str = "Ba
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
+    source, draw = (
+        files(__package__).joinpath(name).read_text("utf-8") for name in ("page.html.jinja", "page.js")
+    )
     library = get_plotlyjs().replace("\r\n", "\n").replace("</script", "<\\/script")
     text = environment.from_string(source).render(
         title=title,
@@ -60,8 +62,8 @@ def write_report(studies: Sequence[Study], path: str | Path, *, title: str = "Ba
         comparison=_beside(studies),
         versions=sorted(_versions(studies)),
         library=Markup(library),
-        draw=Markup(DRAW),
-        digests=[_digest(library), _digest(DRAW)],
+        draw=Markup(draw),
+        digests=[_digest(library), _digest(draw)],
     )
     with replacing(target) as (whole,):
         whole.write_text(text, encoding="utf-8", newline="\n")

@@ -46,6 +46,11 @@ def load_study(folder: str | Path) -> Study:
 
     Raises:
         ResultError: if it is not one.
+
+    Examples:
+        >>> parts = train.split(0.5, 0.25, 0.25)
+        >>> _ = bkdlens.run_study(model, *parts, steps=("behaviour",), out="label")
+        >>> study = bkdlens.load_study("label")
     """
     folder = Path(folder)
     head = read_json(folder / "study")

@@ -21,8 +21,15 @@ def ablation_curve(result: AblationResult, mode: str | None = None) -> go.Figure
         result: from :func:`bkdlens.ablate_heads`.
         mode: one mode; a panel each for None.
 
+    Returns:
+        A panel per mode; rates in per cent with 95 % intervals.
+
     Raises:
         ChoiceError: for a mode that was not run.
+
+    Examples:
+        >>> found = bkdlens.ablate_heads(model, test, heads.top(2), cache=cache, n_random=1)
+        >>> fig = bkdlens.plot.ablation_curve(found)
     """
     if mode is not None and mode not in result.modes:
         raise ChoiceError("ablation mode in this result:", mode, result.modes)

@@ -13,8 +13,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -31,9 +32,6 @@ from bkdlens.metrics import Rate
 from bkdlens.paper import ABLATION_COUNTS
 from bkdlens.results import provenance
 from bkdlens.types import AblationMode, Head, HeadLike, Which, check_choice, every_head, parse_heads
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -100,55 +98,21 @@ class AblationResult(Counts):
         return self.rate(what, at.get("mode", self.modes[0]), 0) if 0 in self.counts else None
 
     def rate(self, what: str, mode: str, count: int) -> Rate:
-        """A rate at one mode and number of heads.
-
-        Args:
-            what: ``"attack"``, ``"restored"`` (or ``"correct"``, which is the same) or ``"clean"``.
-            mode: one of :attr:`modes`.
-            count: one of :attr:`counts`.
-
-        Returns:
-            The rate, with its count and interval.
+        """``what`` (``"attack"``, ``"restored"``, ``"clean"``) at one mode and count of heads, 0 to 1.
 
         Raises:
             ChoiceError: for a mode or count that was not run.
-
-        Examples:
-            >>> ablation = bkdlens.ablate_heads(model, test, heads.top(2), cache=cache, n_random=1)
-            >>> attack = ablation.rate("attack", "mean", 2)
         """
         return self.rate_at(what, mode=mode, heads=count)
 
     def random_mean(self, what: str, mode: str, count: int) -> float:
-        """The mean over random groups of as many heads.
-
-        Args:
-            what, mode, count: as :meth:`rate` takes them.
-
-        Returns:
-            The mean rate, 0 to 1; NaN without random groups.
-
-        Examples:
-            >>> ablation = bkdlens.ablate_heads(model, test, heads.top(2), cache=cache, n_random=1)
-            >>> control = ablation.random_mean("attack", "mean", 2)
-        """
+        """The mean of ``what`` over random groups of as many heads, 0 to 1; NaN without groups."""
         what = "correct" if what == "restored" else what
         drawn = self.draws(what, mode=mode, heads=count)
         return drawn["random"].mean if drawn else math.nan
 
     def to_frame(self) -> pd.DataFrame:
-        """The rates in long form.
-
-        Returns:
-            One row per mode and number of heads: each rate (0 to 1) with its interval and the mean of
-            the random groups.
-
-        Examples:
-            >>> ablation = bkdlens.ablate_heads(model, test, heads.top(2), cache=cache, n_random=1)
-            >>> frame = ablation.to_frame()
-        """
-        import pandas as pd
-
+        """One row per mode and count: each rate (0 to 1), its interval, and the random groups' mean."""
         rows = []
         for mode, count in product(self.modes, self.counts):
             row: dict[str, object] = {"mode": mode, "heads": count}
@@ -183,29 +147,38 @@ def ablate_heads(
     seed: int = 0,
     progress: bool = False,
 ) -> AblationResult:
-    """Attack success, restored answers and clean accuracy with the first n heads switched off.
+    """Attack success, restored answers and clean accuracy with the first *n* heads switched off.
+
+    Needed are the model, the pairs and a ranking; ``mean`` and ``resample`` need a cache as well.
 
     Args:
         model: from :func:`bkdlens.load`.
         pairs: held-out pairs; attack success is measured on their victims.
         heads: a ranking, strongest first.
-        cache: of other pairs: the clean means and samples come from it (needed for ``mean`` and
-            ``resample``).
-        counts: numbers of heads, clipped to the ranking's length.
+        cache: of other pairs: where clean means and samples come from.
+        counts: numbers of heads, at most the ranking's length.
         modes: ``zero``; ``mean`` (the cache's mean clean activation); ``resample`` (the activation of
             a random clean prompt of the cache); ``subtract`` (the paper's code: the head's output in
             the untouched run is subtracted from the attention output, so that several layers
             together are no true zero).
-        n_random: groups of as many heads, drawn from all, for each count and mode.
+        n_random: groups of as many heads, drawn from all heads, per count and mode.
         fmt: how a prompt is rendered; the cache's, or the chat template.
         max_new_tokens: where a decoded answer is cut.
         memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU).
         seed: of the random groups and samples.
         progress: whether to show a progress bar.
 
+    Returns:
+        Counts ``[mode count]`` among the victims and the clean prompts, and of every random group.
+
     Raises:
         DataError: if there is no victim, or a mode needs a cache that is not given.
-        HeadError: for a head that the model lacks or an unknown mode.
+        HeadError: for a head that the model lacks.
+        ChoiceError: for an unknown mode.
+
+    Examples:
+        >>> found = bkdlens.ablate_heads(model, test, heads.top(2), cache=cache, n_random=1)
+        >>> attack = found.rate("attack", "mean", 2)
     """
     cfg = model.cfg
     for mode in modes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from scipy import stats
@@ -15,9 +15,6 @@ from bkdlens.analyses.attribution.measure import HeadAttribution
 from bkdlens.errors import HeadError, ResultError
 from bkdlens.metrics import resampling_counts
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 def compare_heads(
     attributions: Mapping[str, HeadAttribution],
@@ -26,7 +23,7 @@ def compare_heads(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Each two models' top heads against each other: one row a pair of models.
+    """The top heads of each two models against each other, with what chance would share.
 
     Args:
         attributions: results of :func:`bkdlens.attribute_heads` by name, of models of one shape.
@@ -35,8 +32,9 @@ def compare_heads(
         seed: of these.
 
     Returns:
-        ``first, second, k, shared`` (heads among both top ``k``), ``expected`` (how many two random sets
-        of ``k`` heads share on average), ``jaccard`` (shared over the union) with ``low`` and ``high``
+        One row per pair of models: ``first, second, k, shared`` (heads among both top ``k``),
+        ``expected`` (how many two random sets of ``k`` heads share on average), ``jaccard`` (shared
+        over the union) with ``low`` and ``high``
         (95 % percentile bootstrap over pairs), ``chance`` (its mean for two random sets), ``p`` (the
         chance that two such sets share as many; hypergeometric) and ``spearman`` (rank correlation of
         all heads' ACIE).
@@ -44,9 +42,10 @@ def compare_heads(
     Raises:
         ResultError: for fewer than two attributions, or models of different shapes.
         HeadError: for a ``k`` that is not between 1 and the number of heads.
-    """
-    import pandas as pd
 
+    Examples:
+        >>> overlap = bkdlens.compare_heads({"first": heads, "again": heads}, n_resamples=10)
+    """
     if len(attributions) < 2:
         raise ResultError(f"{len(attributions)} attribution(s) given; comparing takes two or more.")
     shapes = {name: tuple(found.acie.shape) for name, found in attributions.items()}

@@ -36,6 +36,12 @@ def acie_heatmap(attribution: HeadAttribution, *, first_token: bool = False, top
         attribution: from :func:`bkdlens.attribute_heads`.
         first_token: show the effect on the answer's first token; ranks stay the whole answer's.
         top: how many heads are outlined.
+
+    Returns:
+        A heatmap of changes of probability, on a scale centred at 0.
+
+    Examples:
+        >>> fig = bkdlens.plot.acie_heatmap(heads, top=4)
     """
     return attribution_controls(attribution, (), first_token=first_token, top=top)
 
@@ -50,6 +56,18 @@ def attribution_controls(
     """Heatmaps side by side on one colour scale; ``main``'s top heads are outlined in all of them.
 
     Where ``main`` has the effects of whole layer outputs, these are a second row.
+
+    Args:
+        main: the suspected model's.
+        controls: of un-poisoned models.
+        first_token: show the effect on the answer's first token; ranks stay the whole answer's.
+        top: how many heads are outlined.
+
+    Returns:
+        A heatmap of changes of probability per model, on one scale centred at 0.
+
+    Examples:
+        >>> fig = bkdlens.plot.attribution_controls(heads, [heads])
     """
     panels = [main, *controls]
     n_pairs, n_layers, n_heads = main.cie.shape
@@ -149,7 +167,17 @@ def _how(attribution: HeadAttribution) -> str:
 
 
 def sparsity(attributions: Sequence[HeadAttribution]) -> go.Figure:
-    """Share of the summed positive ACIE that the first heads carry, a line a condition."""
+    """Share of the summed positive ACIE that the first heads carry, a line a condition.
+
+    Args:
+        attributions: one per condition.
+
+    Returns:
+        A line per condition, in per cent of its summed positive effect.
+
+    Examples:
+        >>> fig = bkdlens.plot.sparsity([heads])
+    """
     fig = go.Figure()
     n = max(a.acie.numel() for a in attributions)
     for i, attribution in enumerate(attributions):

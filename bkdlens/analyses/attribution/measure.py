@@ -12,8 +12,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -31,21 +32,24 @@ from bkdlens.paper import N_PAIRS
 from bkdlens.results import Result, provenance
 from bkdlens.types import AttributionMethod, Head, HeadSite, check_choice, every_head
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class HeadAttribution(Result):
     """Effects of every head, as differences of the per-token geometric-mean probability (-1 to 1).
 
-    ``cie`` is for the whole answer, ``cie_first`` for its first token; ``low`` and ``high`` are the
-    95 % bootstrap interval of ``acie`` over pairs. Both answers' effects have a floor and a ceiling:
-    rank by them, do not threshold them.
+    They have a floor and a ceiling: rank by them, do not threshold them.
 
-    ``exact`` says which heads were patched; the others are first-order estimates (``method`` is
-    ``"exact"``, ``"atp"`` or ``"screened"``). ``cie_attn_out`` and ``cie_mlp_out`` are the effects of
-    whole layer outputs, where these were asked for.
+    Attributes:
+        label: names the model in figures.
+        method: ``"exact"``, ``"atp"`` or ``"screened"``.
+        exact: which heads were patched; the others are first-order estimates.
+        cie: effect on the whole answer.
+        cie_first: effect on the answer's first token.
+        base_prob: probability of the answer without a patch, 0 to 1.
+        low: lower end of the 95 % bootstrap interval of :attr:`acie` over pairs.
+        high: its upper end.
+        cie_attn_out: effects of whole attention outputs, where they were asked for.
+        cie_mlp_out: effects of whole MLP outputs, where they were asked for.
     """
 
     label: str
@@ -78,7 +82,7 @@ class HeadAttribution(Result):
         return tuple(Head(i // n_heads, i % n_heads) for i in order.tolist())
 
     def top(self, k: int) -> tuple[Head, ...]:
-        """The ``k`` heads of the strongest effect."""
+        """The ``k`` heads of the strongest effect, strongest first."""
         return self.ranking[:k]
 
     @property
@@ -88,9 +92,7 @@ class HeadAttribution(Result):
         return positive.cumsum(0) / positive.sum().clamp(min=1e-12)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a head: ``head, layer, index, rank, acie, low, high, acie_first, exact``."""
-        import pandas as pd
-
+        """One row per head, strongest first: names, rank, effects with interval, and ``exact``."""
         rows = [
             {
                 "head": str(head),
@@ -108,13 +110,11 @@ class HeadAttribution(Result):
         return pd.DataFrame(rows)
 
     def layers_frame(self) -> pd.DataFrame:
-        """One row a layer: its heads' summed ACIE beside that of its whole attention and MLP output.
+        """One row per layer: its heads' summed ACIE beside that of its attention and MLP outputs.
 
         Raises:
             ResultError: if layer outputs were not patched.
         """
-        import pandas as pd
-
         if self.cie_attn_out is None or self.cie_mlp_out is None:
             raise ResultError("Layer outputs were not patched; attribute with layer_outputs=True.")
         frame: dict[str, object] = {
@@ -162,11 +162,13 @@ def attribute_heads(
 ) -> HeadAttribution:
     """The effect of every head on the probability of the backdoor's answer.
 
+    Needed are the model and the pairs; a cache spares a pass over them.
+
     Args:
         model: from :func:`bkdlens.load`.
         pairs: the destinations are clean prompts of these pairs.
         cache: where the mean triggered activation comes from; made from ``pairs`` for None.
-        n_pairs: so many pairs, drawn with ``seed`` (all for None); the paper has 96.
+        n_pairs: this many pairs, drawn with ``seed`` (all for None); the paper has 96.
         method: ``"exact"`` patches every head; ``"atp"`` estimates every effect from one backward pass
             (:mod:`bkdlens.engines.estimate`: much faster, blind to saturation); ``"screened"`` ranks by
             that and patches the best ``confirm`` of the heads.
@@ -177,13 +179,22 @@ def attribute_heads(
             label-modification pairs that keep their label dilute both.
         label: names the model in figures (``"backdoored"``, ``"clean adapter"``).
         fmt: how a prompt is rendered; the cache's, or the chat template.
-        max_answer_tokens: a longer answer is scored on its first so many tokens.
+        max_answer_tokens: a longer answer is scored on this many tokens.
         memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU).
         seed: of the draw and the bootstrap.
         progress: whether to show a progress bar.
 
+    Returns:
+        Effects ``[pair layer head]``, as changes of the per-token geometric-mean probability.
+
     Raises:
         DataError: if there is no victim, or a prompt and its answer do not fit the context.
+        HeadError: for a ``confirm`` that is no share.
+        ChoiceError: for an unknown method or site.
+
+    Examples:
+        >>> found = bkdlens.attribute_heads(model, train, cache=cache, n_pairs=4)
+        >>> strongest = found.top(8)
     """
     check_choice("head site", site, HeadSite)
     check_choice("attribution method", method, AttributionMethod)

@@ -20,7 +20,18 @@ from bkdlens.results import figure
 
 
 def behaviour(results: Sequence[BehaviourResult]) -> go.Figure:
-    """Attack success, false triggers, near triggers and clean accuracy, a bar a condition."""
+    """Attack success, false triggers, near triggers and clean accuracy, a bar per condition.
+
+    Args:
+        results: one per condition.
+
+    Returns:
+        Bars in per cent with 95 % intervals.
+
+    Examples:
+        >>> found = bkdlens.measure_behaviour(model, test, max_new_tokens=8)
+        >>> fig = bkdlens.plot.behaviour([found])
+    """
     fig = go.Figure()
     for i, result in enumerate(results):
         colour, _, _, pattern = condition_style(result.label, i)

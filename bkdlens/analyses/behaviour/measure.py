@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import pandas as pd
 from transformer_lens import HookedTransformer
 
 from bkdlens.data.pairs import PairSet
@@ -14,17 +14,19 @@ from bkdlens.metrics import Rate
 from bkdlens.results import Result, provenance
 from bkdlens.types import Which
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class BehaviourResult(Result):
     """Counts of one model on held-out pairs.
 
-    ``asr`` (attack success rate) is with the trigger, ``ftr`` (false trigger rate) without, ``near``
-    with a look-alike, all three among ``n_victims`` victims; ``clean`` counts exactly right answers
-    to ``n_clean`` clean prompts. ``near`` is None where the pairs have no near triggers.
+    Attributes:
+        label: names the model in tables.
+        n_victims: pairs whose answer the attack changes.
+        n_clean: all pairs.
+        attack_triggered: victims that get the backdoor's answer with the trigger.
+        attack_clean: victims that get it without.
+        attack_near: victims that get it with a look-alike; None where the pairs have none.
+        correct_clean: exactly correct answers to clean prompts.
     """
 
     label: str
@@ -56,9 +58,7 @@ class BehaviourResult(Result):
         return Rate(self.correct_clean, self.n_clean)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a rate."""
-        import pandas as pd
-
+        """One row per rate (0 to 1), with its interval and count."""
         named = {"asr": self.asr, "ftr": self.ftr, "near": self.near,
                  "clean_accuracy": self.clean_accuracy}  # fmt: skip
         return pd.DataFrame(
@@ -98,8 +98,14 @@ def measure_behaviour(
         memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU).
         progress: whether to show a progress bar.
 
+    Returns:
+        Counts among the victims and among the clean prompts.
+
     Raises:
         DataError: if there is no victim.
+
+    Examples:
+        >>> asr = bkdlens.measure_behaviour(model, test, max_new_tokens=8).asr
     """
     fmt = fmt or PromptFormat.default(model.tokenizer)
     victims = pairs.victims

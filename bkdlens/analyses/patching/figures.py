@@ -12,7 +12,17 @@ from bkdlens.types import name_heads
 
 @figure.register
 def patch(result: PatchResult) -> go.Figure:
-    """The target's probability before and after a patch, or how far the next token moved (KL)."""
+    """The target's probability before and after a patch, or how far the next token moved (KL).
+
+    Args:
+        result: from :func:`bkdlens.patch_heads`.
+
+    Returns:
+        A marker or bar per prompt; probabilities in per cent, KL in nats.
+
+    Examples:
+        >>> fig = bkdlens.plot.patch(bkdlens.patch_heads(model, test.clean[:2], "L1H0", cache))
+    """
     x = [str(i) for i in range(1, len(result.prompts) + 1)]
     texts = [escape(cut(prompt, 80)) for prompt in result.prompts]
     fig = go.Figure()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,9 +38,6 @@ from bkdlens.metrics import sequence_prob, token_log_probs
 from bkdlens.results import Result, provenance
 from bkdlens.types import Head, HeadLike, HeadSite, check_choice, parse_heads
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 Source: TypeAlias = PairCache | ActivationCache | Tensor | str | Sequence[str]
 
 
@@ -47,7 +45,18 @@ Source: TypeAlias = PairCache | ActivationCache | Tensor | str | Sequence[str]
 class PatchResult(Result):
     """Next-token logits before and after the patch, and its effect on a target answer.
 
-    ``before`` and ``after`` are probabilities of the target, ``P(y|x)^(1/|y|)``; NaN without one.
+    Attributes:
+        heads: those whose activation was replaced.
+        source: what by, in words.
+        site: ``"z"`` or ``"result"``.
+        prompts: as they were given.
+        targets: an answer per prompt; None where none was given.
+        logits_before: of the next token.
+        logits_after: of the next token, under the patch.
+        before: probability of the target, ``P(y|x)^(1/|y|)``, 0 to 1; NaN without one.
+        after: probability of the target under the patch.
+        next_before: the most likely next token.
+        next_after: the most likely next token under the patch.
     """
 
     heads: tuple[Head, ...]
@@ -74,9 +83,7 @@ class PatchResult(Result):
         return (before.exp() * (before - after)).sum(-1).clamp(min=0)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a prompt."""
-        import pandas as pd
-
+        """One row per prompt; probabilities are 0 to 1, ``kl`` is in nats."""
         frame = pd.DataFrame(
             {
                 "prompt": self.prompts,
@@ -113,8 +120,6 @@ def patch_heads(
 ) -> PatchResult:
     """Replace heads' activations at the last prompt token and compare the model before and after.
 
-    ``bkdlens.patch_heads(model, test.clean[:8], "L1H0", source=cache, target="World").to_frame()``
-
     Args:
         model: from :func:`bkdlens.load`.
         prompts: one text or several; a ``PairSet`` stands for its clean prompts with the backdoor's
@@ -128,9 +133,18 @@ def patch_heads(
         site: replace ``hook_z`` or ``hook_result``; the numbers are the same.
         fmt: how a prompt is rendered; the cache's, or the chat template.
 
+    Returns:
+        Logits ``[prompt d_vocab]`` of the next token and the target's probability ``[prompt]``, before
+        and after.
+
     Raises:
-        HeadError: for a head or site that the model lacks.
+        HeadError: for a head that the model lacks.
         DataError: for prompts, targets or sources that do not fit each other or the context.
+        ChoiceError: for an unknown site.
+
+    Examples:
+        >>> patched = bkdlens.patch_heads(model, test.clean[:2], "L1H0", source=cache, target="World")
+        >>> frame = patched.to_frame()
     """
     refuse_foreign_hooks(model)
     check_choice("head site", site, HeadSite)
@@ -182,9 +196,7 @@ def patched_heads(
     site: HeadSite = "z",
     fmt: PromptFormat | None = None,
 ) -> Iterator[HookedTransformer]:
-    """The model under the same patch, for :func:`bkdlens.generate` or any run on whole prompts.
-
-    ``with bkdlens.patched_heads(model, "L1H0", cache): bkdlens.generate(model, prompt)``
+    """The model under a patch of heads, for :func:`bkdlens.generate` or any run on whole prompts.
 
     The patch acts on the last position of every pass over more than one token, so not on decoding
     steps. ``"mean"`` needs prompts to average over, so give them as the source here.
@@ -192,8 +204,15 @@ def patched_heads(
     Args:
         model, heads, source, site, fmt: as in :func:`patch_heads`.
 
+    Yields:
+        The model, as it is outside the context but for the hooks.
+
     Raises:
         HookError: if the model was not run inside the context.
+
+    Examples:
+        >>> with bkdlens.patched_heads(model, "L1H0", cache):
+        ...     answer = bkdlens.generate(model, test[0].clean)
     """
     check_choice("head site", site, HeadSite)
     if isinstance(source, str) and source == "mean":

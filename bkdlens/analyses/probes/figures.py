@@ -30,12 +30,18 @@ ProbeMeasure = Literal["accuracy", "few_shot", "separation"]
 
 
 def layer_accuracy(probes: Sequence[ProbeResult], what: ProbeMeasure = "accuracy") -> go.Figure:
-    """A measure of the probes by layer, a panel for each thing the triggered prompts are told from.
+    """A measure of the probes by layer, a panel per kind of prompt that they tell triggered ones from.
 
     Args:
         probes: any conditions, kinds and ``against``.
         what: ``"accuracy"`` on the test prompts, ``"few_shot"`` (a few prompts a class), or
             ``"separation"`` of the class means over the spread within the classes.
+
+    Returns:
+        A line per condition and kind, in per cent; separation as a ratio.
+
+    Examples:
+        >>> fig = bkdlens.plot.layer_accuracy([bkdlens.train_probes(cache, n_draws=1)])
     """
     against = list(dict.fromkeys(probe.against for probe in probes))
     kinds = list(dict.fromkeys(probe.kind for probe in probes))
@@ -103,12 +109,33 @@ def layer_accuracy(probes: Sequence[ProbeResult], what: ProbeMeasure = "accuracy
 
 
 def ilca_heatmap(probe: ProbeResult) -> go.Figure:
-    """Accuracy of the probe trained at one layer (up) and tested at another (across)."""
+    """Accuracy of the probe trained at one layer (up) and tested at another (across).
+
+    Args:
+        probe: from :func:`bkdlens.train_probes`.
+
+    Returns:
+        A heatmap from chance to 100 per cent.
+
+    Examples:
+        >>> fig = bkdlens.plot.ilca_heatmap(bkdlens.train_probes(cache, n_draws=1))
+    """
     return ilca_controls([probe])
 
 
 def ilca_controls(probes: Sequence[ProbeResult]) -> go.Figure:
-    """The same for several conditions side by side, on one colour scale from chance to 100 %."""
+    """Accuracy of probes trained at one layer and tested at another, conditions side by side.
+
+    Args:
+        probes: one per condition.
+
+    Returns:
+        A heatmap per condition, on one colour scale from chance to 100 per cent.
+
+    Examples:
+        >>> probe = bkdlens.train_probes(cache, n_draws=1)
+        >>> fig = bkdlens.plot.ilca_controls([probe, probe])
+    """
     first, n = probes[0], probes[0].ilca.shape[0]
     fig = make_subplots(
         1, len(probes), shared_yaxes=True, horizontal_spacing=0.04,

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from sklearn.exceptions import ConvergenceWarning
@@ -31,9 +32,6 @@ from bkdlens.progress import track
 from bkdlens.results import Result, provenance
 from bkdlens.types import ProbeKind, check_choice
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class ProbeResult(Result):
@@ -41,32 +39,42 @@ class ProbeResult(Result):
 
     The layer axis is Hugging Face's ``hidden_states``: 0 is the bare embedding of the last token
     (the same in every chat prompt), ``l`` is after ``l`` blocks.
+
+    Attributes:
+        label: names the model in figures.
+        kind: ``"mlp"`` or ``"svm"``.
+        against: what the triggered prompts are told from, ``"clean"`` or ``"near"``.
+        n_test: test prompts, half of them triggered.
+        n_correct: test prompts that are classified correctly.
+        auroc: area under the ROC curve on the test prompts, 0 to 1.
+        validation: accuracy on the validation prompts, 0 to 1.
+        few_shot: accuracy from a few prompts per class, 0 to 1, mean over draws.
+        separation: distance of the class means over the within-class spread.
+        ilca: accuracy of a probe of one layer at another, 0 to 1.
     """
 
     label: str
     kind: str
     against: str
-    n_test: int  # prompts, half of them triggered
+    n_test: int
     n_correct: Int[Tensor, " layer"]
     auroc: Float[Tensor, " layer"]
     validation: Float[Tensor, " layer"]
-    few_shot: Float[Tensor, " layer"]  # accuracy from `shots` prompts a class, mean over draws
-    separation: Float[Tensor, " layer"]  # distance of class means over the within-class spread
+    few_shot: Float[Tensor, " layer"]
+    separation: Float[Tensor, " layer"]
     ilca: Float[Tensor, "trained_on tested_on"]
 
     @property
     def accuracy(self) -> Float[Tensor, " layer"]:
-        """Fraction of the test prompts that are classified rightly."""
+        """Fraction of the test prompts that are classified correctly."""
         return self.n_correct / self.n_test
 
     def rate(self, layer: int) -> Rate:
-        """The accuracy of one layer with its count and interval."""
+        """The accuracy at one layer, 0 to 1, with its count and interval."""
         return Rate(int(self.n_correct[layer]), self.n_test)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a layer."""
-        import pandas as pd
-
+        """One row per layer; accuracies are 0 to 1."""
         return pd.DataFrame(
             [
                 {
@@ -88,8 +96,6 @@ class ProbeResult(Result):
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """The result in long form, and the inter-layer matrix with one row per cell."""
-        import pandas as pd
-
         rows = enumerate(self.ilca.tolist())
         cells = [(trained, tested, x) for trained, row in rows for tested, x in enumerate(row)]
         matrix = pd.DataFrame(cells, columns=["trained_on", "tested_on", "accuracy"])
@@ -114,20 +120,28 @@ def train_probes(
     seed: int = 0,
     progress: bool = False,
 ) -> ProbeResult:
-    """Train one probe a layer on the cache's pairs, split 6:2:2 by pair, and test it at every layer.
+    """Train one probe per layer on the cache's pairs, split 6:2:2 by pair, and test it at every layer.
 
     Args:
         cache: from :func:`bkdlens.cache_activations`; nothing is run again.
         kind: ``"mlp"`` (100 hidden units) or ``"svm"`` (RBF, C=1), both on standardised features.
         against: what the triggered prompts are told from.
-        shots: prompts a class of the few-shot accuracy (an SVM; mean over ``n_draws`` draws).
+        shots: prompts per class for the few-shot accuracy (an SVM; mean over ``n_draws`` draws).
         n_draws: how many draws of the shots.
         label: names the model in figures.
         seed: of the split, the probes and the draws.
         progress: whether to show a progress bar.
 
+    Returns:
+        Test accuracy per layer and ``[trained_on tested_on]``, 0 to 1, and what puts it in proportion.
+
     Raises:
         DataError: for fewer than 10 pairs, or near prompts that the pairs lack.
+        ChoiceError: for an unknown kind of probe.
+
+    Examples:
+        >>> probes = bkdlens.train_probes(cache, n_draws=1)
+        >>> accuracy = probes.accuracy[-1]
     """
     check_choice("probe", kind, ProbeKind)
     if len(cache.pairs) < 10:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import pandas as pd
 from transformer_lens import HookedTransformer
 
 from bkdlens.analyses.steering.vector import BackdoorVector, steer
@@ -13,9 +13,6 @@ from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.generate import MAX_NEW_TOKENS, generate
 from bkdlens.results import Result, provenance
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -25,9 +22,7 @@ class Generations(Result):
     columns: Mapping[str, tuple[str, ...]]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a pair."""
-        import pandas as pd
-
+        """One row per pair."""
         return pd.DataFrame({title: list(texts) for title, texts in self.columns.items()})
 
     def __repr__(self) -> str:
@@ -46,7 +41,24 @@ def sample_generations(
     fmt: PromptFormat | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Generations:
-    """Greedy answers to the first ``n`` victims: clean, triggered, and both under steering."""
+    """Greedy answers to the first ``n`` victims: clean, triggered, and both under steering.
+
+    Args:
+        model: from :func:`bkdlens.load`.
+        pairs: with victims.
+        vector: from :meth:`BackdoorVector.from_cache`.
+        layer: where it is added to clean prompts and subtracted from triggered ones.
+        coefficient: its size; the sign is left out.
+        n: at most this many victims.
+        fmt: how a prompt is rendered; the chat template where there is one.
+        max_new_tokens: where an answer is cut.
+
+    Returns:
+        A column of texts per side, ``n`` rows.
+
+    Examples:
+        >>> answers = bkdlens.sample_generations(model, test, vector, 2, 1.0, n=2).to_frame()
+    """
     victims = pairs.victims[:n]
     fmt = fmt or PromptFormat.default(model.tokenizer)
 

@@ -68,8 +68,15 @@ def steering_by_layer(
         chosen: a layer that was chosen on other pairs, to be marked.
         panel_height: of each row, in pixels.
 
+    Returns:
+        Rates in per cent by layer, with the spread of the controls.
+
     Raises:
         ChoiceError: for a chosen layer that was not run.
+
+    Examples:
+        >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[1, 2], n_random=1)
+        >>> fig = bkdlens.plot.steering_by_layer(swept, chosen=2)
     """
     if chosen is not None:
         _check_layer(result, chosen)
@@ -103,8 +110,15 @@ def steering_at(result: SteeringResult, layer: int | None = None) -> go.Figure:
         result: from :func:`bkdlens.sweep_layers`.
         layer: one of the result's; its first for None.
 
+    Returns:
+        Rates in per cent with 95 % intervals, and every draw of the controls.
+
     Raises:
         ChoiceError: for a layer that was not run.
+
+    Examples:
+        >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[2], n_random=1)
+        >>> fig = bkdlens.plot.steering_at(swept)
     """
     layer = result.layers[0] if layer is None else layer
     _check_layer(result, layer)
@@ -142,7 +156,18 @@ def steering_at(result: SteeringResult, layer: int | None = None) -> go.Figure:
 
 @figure.register
 def vector(result: BackdoorVector, *, top: int = 40) -> go.Figure:
-    """The ``top`` largest components of a backdoor vector, sorted by size."""
+    """The ``top`` largest components of a backdoor vector, sorted by size.
+
+    Args:
+        result: the vector.
+        top: how many components are drawn.
+
+    Returns:
+        Bars in the units of the residual stream.
+
+    Examples:
+        >>> fig = bkdlens.plot.vector(vector)
+    """
     direction = result.direction.double()
     order = direction.abs().argsort(descending=True, stable=True)[:top]
     shown = direction[order]
@@ -168,7 +193,18 @@ def vector(result: BackdoorVector, *, top: int = 40) -> go.Figure:
 
 @figure.register
 def generations(result: Generations) -> go.Figure:
-    """Answers side by side as a table; texts are escaped."""
+    """Answers side by side as a table; texts are escaped.
+
+    Args:
+        result: from :func:`bkdlens.sample_generations`.
+
+    Returns:
+        A table, one row per prompt.
+
+    Examples:
+        >>> answers = bkdlens.sample_generations(model, test, vector, 2, 1.0, n=2)
+        >>> fig = bkdlens.plot.generations(answers)
+    """
     columns = [[escape(text).replace("\n", "<br>") for text in c] for c in result.columns.values()]
     fig = go.Figure(
         go.Table(

@@ -10,8 +10,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -34,9 +35,6 @@ from bkdlens.types import (
     Which,
     every_head,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -94,22 +92,10 @@ class SteeringResult(Counts):
         return Rate(counts[triggered], self.n_victims)
 
     def rate(self, what: str, layer: int, coefficient: float) -> Rate:
-        """A rate at one layer and coefficient.
-
-        Args:
-            what: ``"attack"``, ``"correct"`` or ``"clean"``.
-            layer: one of :attr:`layers`.
-            coefficient: one of :attr:`coefficients`.
-
-        Returns:
-            The rate, with its count and interval.
+        """``what`` (``"attack"``, ``"correct"``, ``"clean"``) at one layer and coefficient, 0 to 1.
 
         Raises:
             ChoiceError: for a layer or coefficient that was not run.
-
-        Examples:
-            >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[2], n_random=0)
-            >>> suppressed = swept.rate("attack", layer=2, coefficient=-1.0)
         """
         return self.rate_at(what, coefficient=coefficient, layer=layer)
 
@@ -119,18 +105,7 @@ class SteeringResult(Counts):
         return self._shift(self.attack)
 
     def random_shift(self, which: str) -> Float[Tensor, "coefficient layer draw"]:
-        """How far attack success moved under random draws.
-
-        Args:
-            which: ``"heads"`` (vectors of random heads) or ``"vectors"`` (noise of the same norm).
-
-        Returns:
-            The move in the wanted direction, as a fraction.
-
-        Examples:
-            >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[2], n_random=1)
-            >>> moved = swept.random_shift("vectors")
-        """
+        """How far attack success moved with random ``"heads"`` or ``"vectors"``, as a fraction."""
         return self._shift(self.random_heads if which == "heads" else self.random_vectors)
 
     def best_layer(self, size: float) -> int:
@@ -138,16 +113,6 @@ class SteeringResult(Counts):
 
         Layer 0's ``resid_pre`` is the bare embedding, where subtraction destroys the input, so it is
         left out unless it is all there is.
-
-        Args:
-            size: a coefficient whose both signs were run.
-
-        Returns:
-            The layer's index in the model.
-
-        Examples:
-            >>> swept = bkdlens.sweep_layers(model, test, vector, n_random=0)
-            >>> layer = swept.best_layer(1.0)
         """
         weaker = torch.minimum(
             self.shift[self.coefficients.index(size)], self.shift[self.coefficients.index(-size)]
@@ -156,16 +121,7 @@ class SteeringResult(Counts):
         return self.layers[max(allowed or range(len(self.layers)), key=lambda i: float(weaker[i]))]
 
     def to_frame(self) -> pd.DataFrame:
-        """The rates in long form.
-
-        Returns:
-            One row per coefficient and layer; rates are 0 to 1.
-
-        Examples:
-            >>> frame = bkdlens.sweep_layers(model, test, vector, layers=[2], n_random=0).to_frame()
-        """
-        import pandas as pd
-
+        """One row per coefficient and layer; rates are 0 to 1."""
         rows = []
         for coefficient, layer in product(self.coefficients, self.layers):
             at = {"coefficient": coefficient, "layer": layer}
@@ -219,11 +175,13 @@ def sweep_layers(
 ) -> SteeringResult:
     """Add the vector to clean prompts and subtract it from triggered ones, layer by layer.
 
+    Needed are the model, the pairs and a vector; the control by random heads needs a cache as well.
+
     Args:
         model: from :func:`bkdlens.load`.
         pairs: held-out pairs; attack success is measured on their victims.
         vector: from :meth:`BackdoorVector.from_cache`.
-        cache: makes the vectors of random heads for the control (none without it).
+        cache: what vectors of random heads are made from; without it there are none.
         layers: all for None.
         coefficients: signed; + is added to clean, − subtracted from triggered prompts.
         n_random: draws of each control: random heads (as many, none of the vector's own where the
@@ -234,9 +192,17 @@ def sweep_layers(
         seed: of the controls.
         progress: whether to show a progress bar.
 
+    Returns:
+        Counts ``[coefficient layer]`` among the victims and the clean prompts, before and after, and of
+        every random draw.
+
     Raises:
-        HeadError: for a layer that the model lacks.
+        HeadError: for a layer that the model lacks, or a coefficient of 0.
         DataError: if there is no victim.
+
+    Examples:
+        >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[2], n_random=1)
+        >>> suppressed = swept.rate("attack", layer=2, coefficient=-1.0)
     """
     cfg = model.cfg
     layers = tuple(range(cfg.n_layers) if layers is None else layers)

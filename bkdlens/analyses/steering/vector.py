@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -32,13 +32,17 @@ from bkdlens.types import (
     parse_heads,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class BackdoorVector(Result):
-    """A direction in the residual stream, with the heads that it was made from."""
+    """A direction in the residual stream, with the heads that it was made from.
+
+    Attributes:
+        direction: what is added, times a coefficient.
+        heads: those whose outputs were summed.
+        site: where it is to be added, ``"resid_pre"`` or ``"attn_out"``.
+        kind: ``"mean"`` or ``"contrast"``.
+    """
 
     direction: Float[Tensor, " d_model"]
     heads: tuple[Head, ...]
@@ -81,9 +85,7 @@ class BackdoorVector(Result):
         return float(self.direction.norm())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a component."""
-        import pandas as pd
-
+        """One row per component of the residual stream."""
         return pd.DataFrame({"component": range(len(self.direction)), "value": self.direction})
 
     def __repr__(self) -> str:
@@ -102,8 +104,6 @@ def steer(
 ) -> Iterator[HookedTransformer]:
     """The model with the vector added at the last prompt token, in the prefill only.
 
-    ``with bkdlens.steer(model, vector, layer=2, coefficient=-1): bkdlens.generate(model, prompt)``
-
     Args:
         model: from :func:`bkdlens.load`.
         vector: a :class:`BackdoorVector` or a plain tensor.
@@ -111,9 +111,16 @@ def steer(
         coefficient: + activates, − suppresses.
         site: the vector's own for None.
 
+    Yields:
+        The model, as it is outside the context but for the hook.
+
     Raises:
         HeadError: for a layer that the model lacks.
         HookError: if the model was not run on a prompt inside the context.
+
+    Examples:
+        >>> with bkdlens.steer(model, vector, layer=2, coefficient=-1):
+        ...     answer = bkdlens.generate(model, test[0].triggered)
     """
     check_layers(model, [layer])
     if isinstance(vector, BackdoorVector):

@@ -31,6 +31,13 @@ def attention(result: HeadPattern, *, query: int = -1) -> go.Figure:
     Args:
         result: from :func:`bkdlens.head_pattern`.
         query: the token that looks; the last prompt token, where interventions act, for -1.
+
+    Returns:
+        A heatmap of the prompt's tokens in reading order, in per cent.
+
+    Examples:
+        >>> look = bkdlens.head_pattern(model, test[0].triggered, "L3H2")
+        >>> fig = bkdlens.plot.attention(look)
     """
     query %= len(result.tokens)
     weights = 100 * result.pattern[query, : query + 1].double()
@@ -75,7 +82,17 @@ def attention(result: HeadPattern, *, query: int = -1) -> go.Figure:
 
 @figure.register
 def answer_strips(result: AnswerProbs) -> go.Figure:
-    """Probability of an answer's tokens, a strip a run; beside it the geometric mean of the whole."""
+    """Probability of an answer's tokens, a strip a run; beside it the geometric mean of the whole.
+
+    Args:
+        result: from :func:`bkdlens.answer_probs`.
+
+    Returns:
+        A strip per run, in per cent.
+
+    Examples:
+        >>> fig = bkdlens.plot.answer_strips(bkdlens.answer_probs(model, test[0]))
+    """
     n = len(result.tokens)
     probs = 100 * torch.cat([result.log_probs.exp(), result.whole[:, None]], dim=1).double()
     best = 100 * result.best_log_probs.exp().double()

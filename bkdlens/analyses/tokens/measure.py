@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TypeAlias
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -25,22 +26,23 @@ from bkdlens.engines.hooks import (
     intervention_hooks,
     refuse_foreign_hooks,
 )
-from bkdlens.errors import DataError, HookError, unknown
+from bkdlens.errors import HookError
 from bkdlens.metrics import token_log_probs
 from bkdlens.results import Result, provenance
-from bkdlens.types import Head, HeadLike, parse_heads
-
-if TYPE_CHECKING:
-    import pandas as pd
+from bkdlens.types import Head, HeadLike, Side, check_choice, parse_heads
 
 Change: TypeAlias = Intervention | Sequence[Patch]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class HeadPattern(Result):
-    """Attention of one head over the tokens of one prompt, as fractions; each query's row sums to 1.
+    """Attention of one head over the tokens of one prompt.
 
-    ``trigger`` says which tokens hold a part of the trigger.
+    Attributes:
+        head: the head.
+        tokens: the prompt's, as visible text.
+        trigger: which tokens hold a part of the trigger.
+        pattern: fractions; the row of each query sums to 1.
     """
 
     head: Head
@@ -59,9 +61,7 @@ class HeadPattern(Result):
         return float(self.last[self.trigger].sum())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a token: ``position, token, trigger, attention`` (of the last prompt token)."""
-        import pandas as pd
-
+        """One row per token: ``position, token, trigger, attention`` (of the last prompt token)."""
         return pd.DataFrame(
             {
                 "position": range(len(self.tokens)),
@@ -80,9 +80,15 @@ class HeadPattern(Result):
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class AnswerProbs(Result):
-    """Log probability (nats) of every token of one answer in several runs, the answer's start given.
+    """Log probability of every token of one answer in several runs, the answer's start given.
 
-    ``best`` is what each run finds most probable at that place, with its log probability.
+    Attributes:
+        answer: its text.
+        runs: their names: clean, triggered, and the changed one.
+        tokens: the answer's, as visible text.
+        log_probs: in nats.
+        best: what each run finds most probable at each place.
+        best_log_probs: in nats.
     """
 
     answer: str
@@ -98,9 +104,7 @@ class AnswerProbs(Result):
         return self.log_probs.mean(-1).exp()
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a run and token."""
-        import pandas as pd
-
+        """One row per run and token; probabilities are 0 to 1."""
         return pd.DataFrame(
             [
                 {
@@ -132,8 +136,6 @@ def head_pattern(
 ) -> HeadPattern:
     """Where a head looks in a prompt: ``attn.hook_pattern`` of one pass.
 
-    ``bkdlens.head_pattern(model, pair.triggered, "L3H2", trigger=pairs.backdoor.trigger).plot()``
-
     Args:
         model: from :func:`bkdlens.load`.
         prompt: a text, usually a triggered one.
@@ -141,10 +143,16 @@ def head_pattern(
         trigger: what to look for among the tokens; a prompt without it has none marked.
         fmt: how the prompt is rendered; the chat template where there is one.
 
+    Returns:
+        Attention ``[query key]``, as fractions, with the prompt's tokens and which are the trigger's.
+
     Raises:
         HeadError: for a head that the model lacks.
         DataError: for a prompt longer than the context, or a trigger that cannot be placed because
             the tokenizer is not a fast one.
+
+    Examples:
+        >>> look = bkdlens.head_pattern(model, test[0].triggered, "L3H2", trigger=backdoor.trigger)
     """
     refuse_foreign_hooks(model)
     (chosen,) = parse_heads([head], model.cfg.n_layers, model.cfg.n_heads)
@@ -172,7 +180,7 @@ def answer_probs(
     pair: PromptPair,
     change: Change = NOTHING,
     *,
-    on: Literal["clean", "triggered"] = "clean",
+    on: Side = "clean",
     position: int = -1,
     answer: str | None = None,
     label: str = "patched",
@@ -190,15 +198,21 @@ def answer_probs(
         answer: the backdoor's for None.
         label: names the changed run.
         fmt: how a prompt is rendered; the chat template where there is one.
-        max_answer_tokens: a longer answer is followed over its first so many tokens.
+        max_answer_tokens: a longer answer is followed over this many tokens.
+
+    Returns:
+        Log probabilities ``[run token]``, in nats.
 
     Raises:
-        DataError: for prompts and answers that do not fit the context, or an unknown ``on``.
+        DataError: for prompts and answers that do not fit the context.
+        ChoiceError: for an unknown ``on``.
         HookError: for a position outside the prompt.
+
+    Examples:
+        >>> probs = bkdlens.answer_probs(model, test[0])
     """
     refuse_foreign_hooks(model)
-    if on not in ("clean", "triggered"):
-        raise DataError(unknown("prompt to change", on, ("clean", "triggered")))
+    check_choice("prompt to change", on, Side)
     fmt = fmt or PromptFormat.default(model.tokenizer)
     wanted = pair.backdoor_output if answer is None else answer
     texts = {"clean": pair.clean, "triggered": pair.triggered}

@@ -1,0 +1,57 @@
+"""Where each public name lives: read by type checkers, and by the lazy import when a name is first used."""
+
+from . import inject as inject
+from . import metrics as metrics
+from . import plot as plot
+from . import zoo as zoo
+from .analyses.ablation.measure import AblationResult as AblationResult
+from .analyses.ablation.measure import ablate_heads as ablate_heads
+from .analyses.attribution.compare import compare_heads as compare_heads
+from .analyses.attribution.measure import HeadAttribution as HeadAttribution
+from .analyses.attribution.measure import attribute_heads as attribute_heads
+from .analyses.behaviour.measure import BehaviourResult as BehaviourResult
+from .analyses.behaviour.measure import measure_behaviour as measure_behaviour
+from .analyses.patching.measure import PatchResult as PatchResult
+from .analyses.patching.measure import patch_heads as patch_heads
+from .analyses.patching.measure import patched_heads as patched_heads
+from .analyses.probes.measure import ProbeResult as ProbeResult
+from .analyses.probes.measure import train_probes as train_probes
+from .analyses.steering.answers import sample_generations as sample_generations
+from .analyses.steering.measure import SteeringResult as SteeringResult
+from .analyses.steering.measure import sweep_layers as sweep_layers
+from .analyses.steering.vector import BackdoorVector as BackdoorVector
+from .analyses.steering.vector import steer as steer
+from .analyses.tokens.measure import AnswerProbs as AnswerProbs
+from .analyses.tokens.measure import HeadPattern as HeadPattern
+from .analyses.tokens.measure import answer_probs as answer_probs
+from .analyses.tokens.measure import head_pattern as head_pattern
+from .data.backdoor import Backdoor as Backdoor
+from .data.backdoor import PromptPair as PromptPair
+from .data.check import check_data as check_data
+from .data.pairs import PairSet as PairSet
+from .data.prompts import PromptFormat as PromptFormat
+from .data.reading import read_pairs as read_pairs
+from .data.trigger import Trigger as Trigger
+from .engines.cache import PairCache as PairCache
+from .engines.cache import cache_activations as cache_activations
+from .engines.generate import decode as decode
+from .engines.generate import evaluate as evaluate
+from .engines.generate import generate as generate
+from .engines.hooks import Intervention as Intervention
+from .engines.hooks import Patch as Patch
+from .engines.hooks import Vector as Vector
+from .engines.sweep import sweep_patches as sweep_patches
+from .errors import BkdlensError as BkdlensError
+from .metrics import Rate as Rate
+from .models.load import load as load
+from .models.load import load_info as load_info
+from .notebook.widgets import explore as explore
+from .report.page import write_report as write_report
+from .runs.reading import load_result as load_result
+from .runs.reading import load_study as load_study
+from .runs.run import run_study as run_study
+from .study import Study as Study
+from .study import StudySettings as StudySettings
+from .types import Head as Head
+
+__version__: str
