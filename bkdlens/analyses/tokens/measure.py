@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,22 +17,20 @@ from bkdlens.data.prompts import Prompt, PromptFormat, Tokenizer, encode_answer,
 from bkdlens.data.trigger import Trigger
 from bkdlens.engines.hooks import (
     NOTHING,
-    Hooks,
+    Change,
     Intervention,
-    Patch,
+    change_hooks,
+    from_end,
     hooked,
-    intervention_hooks,
     refuse_foreign_hooks,
 )
-from bkdlens.errors import DataError, HookError, unknown
+from bkdlens.errors import DataError, unknown
 from bkdlens.metrics import token_log_probs
 from bkdlens.results import Result, provenance
 from bkdlens.types import Head, HeadLike, parse_heads
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Change: TypeAlias = Intervention | Sequence[Patch]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -222,24 +220,6 @@ def answer_probs(
         tuple(name for name, _, _ in runs), shown(tokenizer, scored), torch.stack(rows), tuple(best),
         torch.stack(tops),
     )  # fmt: skip
-
-
-def change_hooks(model: HookedTransformer, change: Change, at: int) -> Hooks:
-    """The hooks of a change of one prompt's token ``at``."""
-    if isinstance(change, Intervention):
-        return intervention_hooks(model, [change], 1, at)
-    return [patch.hook(at) for patch in change]
-
-
-def from_end(n: int, position: int) -> int:
-    """The index of a position that is counted from the end of ``n`` tokens.
-
-    Raises:
-        HookError: if it is outside.
-    """
-    if not -n <= position <= -1:
-        raise HookError(f"Position {position} is not in a prompt of {n} tokens; give -1 to -{n}.")
-    return n + position
 
 
 def shown(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, ...]:
