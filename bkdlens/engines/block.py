@@ -256,7 +256,7 @@ def attend(
     q_far = q[groups.runs].transpose(1, 2).reshape(n_prompts * kv, slots * rows, d_head)
     far_scores = (q_far @ far.keys.flatten(0, 1).mT).view(n_prompts, kv, slots, repeat, length, n_far)
     near_scores = (q.flatten(0, 1) @ near.keys.flatten(0, 1).mT).view(n_runs, kv, repeat, length, n_near)
-    # Half precision is left for cap and softmax only: small differences of large scores matter there.
+    # Half precision is left for the softmax: small differences of large scores matter there.
     cap, dtype = cfg.attn_scores_soft_cap, precise(q.dtype)
     far_scores, near_scores = (apply_softcap(s, cap).to(dtype) for s in (far_scores, near_scores))
     hidden = ~seen(at[..., None], near.at[:, None], width)

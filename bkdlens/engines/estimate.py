@@ -84,8 +84,8 @@ def _slopes(
         for block, far in zip(model.blocks, prefix.layers, strict=True):
             resid = run_block(block, resid, forced.at, far, groups, touch=touch, in_place=False)
         probs = torch.zeros(scored.shape, device=runs.device, dtype=precise(resid.dtype))
-        found = log_probs(model, resid[scored], forced.targets[scored])
-        whole = probs.masked_scatter(scored, found).sum(1) / scored.sum(1)
+        each = log_probs(model, resid[scored], forced.targets[scored])
+        whole = probs.masked_scatter(scored, each).sum(1) / scored.sum(1)
         # Prompts do not see each other, so the sum's gradient is each one's own.
         gradients = iter(torch.autograd.grad(whole.sum(), [v for site in kept.values() for v in site]))
     slopes = {

@@ -57,16 +57,10 @@ def prefixes(
     bar: str | None,
     kept_layers: int = 0,
 ) -> Iterator[tuple[list[int], int, Prefix]]:
-    """Run the prompts' prefixes in batches.
+    """Run prompts' prefixes: the numbers of a batch's prompts, how many runs of each fit, their prefix.
 
-    Args:
-        model, n_runs, memory_gb, kept_layers: as in :func:`bkdlens.engines.memory.batches`.
-        prompts: all of them; what they begin with is run once.
-        tails: how many tokens are run behind each prefix.
-        bar: the text of the progress bar; None for no bar.
-
-    Yields:
-        The numbers of a batch's prompts, how many runs of each fit at a time, and their prefix.
+    ``tails`` is how many tokens are run behind each prefix, ``bar`` the progress bar's text (None for
+    no bar); the others are as in :func:`bkdlens.engines.memory.batches`.
     """
     common = run_common(model, prompts)
     sizes = [(tail, len(prompt.ids)) for tail, prompt in zip(tails, prompts, strict=True)]

@@ -130,8 +130,8 @@ def sweep(
     out = []
     for hooks in track(runs, "patching, one whole pass each", progress):
         with hooked(model, hooks):
-            found = token_log_probs(batch.logits(model), batch.targets)
-        out.append(torch.stack([sequence_log_prob(found, batch.scored), found[:, 0]]))
+            log_probs = token_log_probs(batch.logits(model), batch.targets)
+        out.append(torch.stack([sequence_log_prob(log_probs, batch.scored), log_probs[:, 0]]))
     return torch.stack(out, dim=-1)
 
 
