@@ -1,14 +1,17 @@
 """One transformer block on many short runs behind shared prompts, as plain matrix products.
 
-``HookedTransformer`` attends over one key-value cache a batch row, so a batch of interventions on one
+``HookedTransformer`` attends over one key-value cache per batch row, so a batch of interventions on one
 prompt holds (and rotates, and masks) a copy of the prompt's keys for each; profiled, that was two
 thirds of a sweep. Here the runs of one prompt attend to its keys together, as one product, and the
 gated MLP works in place. Norms, projections and activation functions stay TransformerLens' own.
-The engines above are tested against TransformerLens' own forward, run by run.
+
+:func:`run_block` is the whole block, of which the other functions are the steps: :func:`project`,
+:func:`attend`, :func:`attention_out`, :func:`post_norm`, :func:`finish_block`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -22,9 +25,12 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 
 from bkdlens.types import Architecture
 
-NOWHERE = torch.iinfo(torch.int64).max  # the position of a key that no query sees
+NOWHERE = torch.iinfo(torch.int64).max  # the position of a key that no query sees: after all of them
 MLP_BYTES = 2**23  # of one hidden activation: blocks of rows that stay in the processor's cache
-LOGIT_BYTES = 2**25  # of one block of logits
+LOGIT_BYTES = 2**25  # of one block of logits, which for a large vocabulary are far wider than the rest
+
+# Called with a site's name and activation, as TransformerLens' hooks are; what it returns goes on.
+Touch = Callable[[str, Tensor], Tensor]
 
 
 def supported(model: HookedTransformer) -> bool:
@@ -35,10 +41,38 @@ def supported(model: HookedTransformer) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Groups:
-    """Runs by prompt, as a rectangle: ``[prompt slot]`` run numbers, and where each run is in it.
+class Keys:
+    """What attention reads in one layer: a prompt's (``far``) or a run's own (``near``) keys and values.
 
-    Prompts with fewer runs repeat one of theirs; ``prompts`` are those that have any.
+    Attributes:
+        keys: rotated already, because their positions never change again.
+        values: one for each key.
+        at: the keys' positions in the whole sequence; ``NOWHERE`` for padding.
+    """
+
+    keys: Float[Tensor, "owner kv_head key d_head"]
+    values: Float[Tensor, "owner kv_head key d_head"]
+    at: Int[Tensor, "owner key"]
+
+    def of(self, owners: Int[Tensor, " owner"]) -> Keys:
+        """The keys of some of the prompts or runs."""
+        return Keys(self.keys[owners], self.values[owners], self.at[owners])
+
+    def then(self, more: Keys) -> Keys:
+        """These keys and, behind them, ``more`` of the same owners."""
+        keys, values = torch.cat([self.keys, more.keys], 2), torch.cat([self.values, more.values], 2)
+        return Keys(keys, values, torch.cat([self.at, more.at], 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Runs by prompt, as a rectangle, so that all runs of a prompt are rows of one matrix product.
+
+    Attributes:
+        prompts: those that have runs, ascending.
+        runs: the numbers of each prompt's runs; a prompt with fewer repeats one of its own, because a
+            product of a rectangle wants no gaps.
+        place: where each run is in the flattened rectangle, to find it again.
     """
 
     prompts: Int[Tensor, " prompt"]
@@ -49,8 +83,8 @@ class Groups:
     def of(cls, rows: Int[Tensor, " run"]) -> Groups:
         """Group runs by the prompt (``rows``) that each belongs to."""
         prompts, inverse, counts = rows.unique(return_inverse=True, return_counts=True)
-        order = inverse.argsort(stable=True)
-        start = counts.cumsum(0) - counts
+        order = inverse.argsort(stable=True)  # the runs, prompt by prompt
+        start = counts.cumsum(0) - counts  # where each prompt's runs begin in that order
         slots = int(counts.max())
         slot = torch.arange(len(rows), device=rows.device) - start[inverse[order]]
         runs = order[start][:, None].repeat(1, slots)
@@ -60,42 +94,101 @@ class Groups:
         return cls(prompts, runs, place)
 
 
+def new_keys(new: Keys) -> Keys:
+    """The keys that a block has just made, alone: what runs without a past see of their own."""
+    return new
+
+
+def leave(site: str, activation: Tensor) -> Tensor:
+    """The activation as it is: the touch of an untouched run."""
+    return activation
+
+
+def keep(*sites: str) -> tuple[dict[str, list[Tensor]], Touch]:
+    """Lists by site that fill with its activation in every layer, and the touch that fills them."""
+    kept: dict[str, list[Tensor]] = {site: [] for site in sites}
+
+    def touch(site: str, activation: Tensor) -> Tensor:
+        if site in kept:
+            kept[site].append(activation)
+        return activation
+
+    return kept, touch
+
+
+def run_block(
+    block: Any,
+    resid: Float[Tensor, "run pos d_model"],
+    at: Int[Tensor, "run pos"],
+    far: Keys,
+    groups: Groups,
+    *,
+    near: Callable[[Keys], Keys] = new_keys,
+    touch: Touch = leave,
+    in_place: bool = True,
+) -> Float[Tensor, "run pos d_model"]:
+    """``hook_resid_post`` of runs behind their prompts.
+
+    Args:
+        block: TransformerLens' block.
+        resid: its input, ``hook_resid_pre``, which is overwritten where ``in_place``.
+        at: the positions of the runs' tokens.
+        far: the prompts' keys.
+        groups: which run belongs to which prompt.
+        near: from the keys that these tokens make to all that the runs see of their own.
+        touch: called at ``resid_pre``, ``z``, ``result`` (what all heads write together, before a
+            post-norm makes it ``attn_out``), ``attn_out`` and, where not ``in_place``, ``mlp_out``.
+        in_place: False for activations that are kept, or that gradients flow through.
+    """
+    resid = touch("resid_pre", resid)
+    q, new = project(block, resid, at)
+    z = touch("z", attend(block.attn, q, at, near(new), far, groups))
+    attention = touch("attn_out", post_norm(block, touch("result", attention_out(block, z))))
+    del q, new, z  # whoever wants them has them; the MLP needs the room
+    if in_place:
+        return finish_block(block, resid, attention)
+    middle = resid + attention
+    return middle + touch("mlp_out", mlp_out(block, resid if block.cfg.parallel_attn_mlp else middle))
+
+
 def embed(
     model: HookedTransformer, tokens: Int[Tensor, "run pos"], positions: Int[Tensor, "run pos"]
 ) -> Float[Tensor, "run pos d_model"]:
-    """The residual stream before the first block; what lies past the context is padding."""
+    """The residual stream before the first block."""
     resid = model.embed(tokens)
     if model.cfg.positional_embedding_type != "standard":
         return resid
+    # Padding may lie past the context; it needs some row of the table, and no one reads the result.
     return resid + model.W_pos[positions.clamp(max=model.cfg.n_ctx - 1)]
 
 
 def project(
-    block: Any, resid: Float[Tensor, "run pos d_model"], positions: Int[Tensor, "run pos"]
-) -> tuple[
-    Float[Tensor, "run pos head d_head"],
-    Float[Tensor, "run pos kv_head d_head"],
-    Float[Tensor, "run pos kv_head d_head"],
-]:
-    """Queries (divided by the attention scale) and keys, both rotated, and values."""
+    block: Any, resid: Float[Tensor, "run pos d_model"], at: Int[Tensor, "run pos"]
+) -> tuple[Float[Tensor, "run pos head d_head"], Keys]:
+    """Rotated queries, divided by the attention scale, and the tokens' keys and values."""
     attn, x = block.attn, block.ln1(resid)
     q, k, v = attn.calculate_qkv_matrices(x, x, x)
-    return _rotate(attn, q / attn.attn_scale, positions), _rotate(attn, k, positions), v
+    # Scaled here, where there are few numbers, and not as scores, where there is one for each key.
+    q, k = _rotate(attn, q / attn.attn_scale, at), _rotate(attn, k, at)
+    # A head's keys in a row, as its product with the queries wants them.
+    return q, Keys(k.transpose(1, 2), v.transpose(1, 2), at)
 
 
 def _rotate(
-    attn: Any, x: Float[Tensor, "run pos head d_head"], positions: Int[Tensor, "run pos"]
+    attn: Any, x: Float[Tensor, "run pos head d_head"], at: Int[Tensor, "run pos"]
 ) -> Float[Tensor, "run pos head d_head"]:
-    """TransformerLens' rotary embedding at given positions (``apply_rotary`` takes a mask instead)."""
+    """TransformerLens' rotary embedding at given positions."""
+    # Its own ``apply_rotary`` derives the positions from a padding mask of whole sequences; these runs
+    # begin in the middle of one.
     cfg = attn.cfg
     if cfg.positional_embedding_type != "rotary":
         return x
-    positions = positions.clamp(max=cfg.n_ctx - 1)  # what lies past the context is padding
-    needed = int(positions.max()) + 1
-    if needed > attn.rotary_cos.shape[0]:
+    at = at.clamp(max=cfg.n_ctx - 1)  # padding may lie past the context, where the tables end
+    needed = int(at.max()) + 1
+    if needed > attn.rotary_cos.shape[0]:  # TransformerLens makes 2048 rows, and more on demand
         attn._extend_rotary_embeddings(min(cfg.n_ctx, max(needed, 2 * attn.rotary_cos.shape[0])))
-    cos, sin = (table[positions][..., None, :] for table in (attn.rotary_cos, attn.rotary_sin))
-    turned, kept = x[..., : cfg.rotary_dim], x[..., cfg.rotary_dim :]
+    cos, sin = (table[at][..., None, :] for table in (attn.rotary_cos, attn.rotary_sin))
+    turned, kept = x[..., : cfg.rotary_dim], x[..., cfg.rotary_dim :]  # GPT-NeoX turns a part
     turned = turned * cos + attn.rotate_every_two(turned) * sin
     return turned if kept.shape[-1] == 0 else torch.cat([turned, kept], dim=-1)
 
@@ -112,19 +205,22 @@ def seen(queries: Int[Tensor, "*q"], keys: Int[Tensor, "*k"], width: int | None)
 
 
 def attend_causally(
-    attn: Any,
-    q: Float[Tensor, "run pos head d_head"],
-    k: Float[Tensor, "run kv_head key d_head"],
-    v: Float[Tensor, "run kv_head key d_head"],
+    attn: Any, q: Float[Tensor, "run pos head d_head"], keys: Keys
 ) -> Float[Tensor, "run pos head d_head"]:
-    """``z`` of whole sequences, whose last keys are the queries' own (a prompt's prefill)."""
+    """``z`` of whole sequences from position 0, whose last keys are the queries' own (a prefill)."""
     n, length, n_heads, _ = q.shape
-    keys = torch.arange(k.shape[2], device=q.device)
-    mask = seen(keys[-length:, None], keys, window(attn))
+    k, v = keys.keys, keys.values
+    # Padding is on the right, so a key's index is its position in every row and one mask serves all;
+    # queries that are padding themselves see what they like, for nobody reads them.
+    at = torch.arange(k.shape[2], device=q.device)
+    mask = seen(at[-length:, None], at, window(attn))
     q = q.transpose(1, 2)
     if attn.cfg.attn_scores_soft_cap <= 0:
+        # Its scale is 1 because the queries are divided already.
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, enable_gqa=True)
         return z.transpose(1, 2)
+    # The fused kernel has no soft cap (Gemma-2). Heads that share a key-value head are rows of one
+    # product with it, so that keys are not repeated for each.
     grouped = q.reshape(n, k.shape[1], -1, q.shape[-1])
     scores = apply_softcap(grouped @ k.mT, attn.cfg.attn_scores_soft_cap).to(precise(q.dtype))
     scores = scores.view(n, n_heads, length, -1).masked_fill(~mask, -torch.inf)
@@ -135,50 +231,57 @@ def attend_causally(
 def attend(
     attn: Any,
     q: Float[Tensor, "run pos head d_head"],
-    near_keys: Float[Tensor, "run kv_head near d_head"],
-    near_values: Float[Tensor, "run kv_head near d_head"],
-    near_at: Int[Tensor, "run near"],
-    far_keys: Float[Tensor, "prompt kv_head far d_head"],
-    far_values: Float[Tensor, "prompt kv_head far d_head"],
-    far_at: Int[Tensor, "prompt far"],
-    positions: Int[Tensor, "run pos"],
+    at: Int[Tensor, "run pos"],
+    near: Keys,
+    far: Keys,
     groups: Groups,
 ) -> Float[Tensor, "run pos head d_head"]:
-    """``z`` of every run, which sees its prompt's keys (far) and its own (near).
+    """``z`` of every run's queries, which see the keys of its prompt (``far``) and its own (``near``).
 
     All runs of a prompt are rows of one product with the prompt's keys, which are never copied; the
-    two parts share one softmax. ``*_at`` are the keys' positions.
+    two parts share one softmax.
     """
     cfg, width = attn.cfg, window(attn)
-    (r, length, n_heads, d_head), (kv, m) = q.shape, near_keys.shape[1:3]
-    n, slots = groups.runs.shape
-    rows = (n_heads // kv) * length
-    everyone = len(groups.prompts) == len(far_at)
-    if not everyone:
-        far_keys, far_values, far_at = (t[groups.prompts] for t in (far_keys, far_values, far_at))
-    # [run kv (repeat pos) d_head], and the same by prompt: [prompt kv (slot repeat pos) d_head].
-    q = q.unflatten(2, (kv, -1)).permute(0, 2, 3, 1, 4).reshape(r, kv, rows, d_head)
-    q_far = q[groups.runs].transpose(1, 2).reshape(n * kv, slots * rows, d_head)
-    far = (q_far @ far_keys.flatten(0, 1).mT).view(n, kv, slots, -1, length, far_keys.shape[2])
-    near = (q.flatten(0, 1) @ near_keys.flatten(0, 1).mT).view(r, kv, -1, length, m)
+    (n_runs, length, n_heads, d_head), (kv, n_near) = q.shape, near.keys.shape[1:3]
+    n_prompts, slots = groups.runs.shape
+    repeat = n_heads // kv  # heads that share a key-value head
+    rows = repeat * length
+    if n_prompts < len(far.at):  # indexing copies, so only where some prompt has no run
+        far = far.of(groups.prompts)
+    n_far = far.keys.shape[2]
+    # These heads, and the positions, become the rows of one product with the shared keys:
+    # [run kv (repeat pos) d_head]. The same by prompt has the slots as more rows, so that a prompt's
+    # keys are read once for all its runs: [(prompt kv) (slot repeat pos) d_head].
+    q = q.unflatten(2, (kv, repeat)).permute(0, 2, 3, 1, 4).reshape(n_runs, kv, rows, d_head)
+    q_far = q[groups.runs].transpose(1, 2).reshape(n_prompts * kv, slots * rows, d_head)
+    far_scores = (q_far @ far.keys.flatten(0, 1).mT).view(n_prompts, kv, slots, repeat, length, n_far)
+    near_scores = (q.flatten(0, 1) @ near.keys.flatten(0, 1).mT).view(n_runs, kv, repeat, length, n_near)
+    # Half precision is left for the softmax: small differences of large scores matter there.
     cap, dtype = cfg.attn_scores_soft_cap, precise(q.dtype)
-    far, near = (apply_softcap(scores, cap).to(dtype) for scores in (far, near))
-    hidden = ~seen(positions[..., None], near_at[:, None], width)
-    near = near.masked_fill(hidden[:, None, None], -torch.inf)
+    far_scores, near_scores = (apply_softcap(s, cap).to(dtype) for s in (far_scores, near_scores))
+    hidden = ~seen(at[..., None], near.at[:, None], width)
+    near_scores = near_scores.masked_fill(hidden[:, None, None], -torch.inf)
+    # Queries lie behind their whole prompt: of it only a window, or padding, hides anything.
     if width is not None:
-        far_seen = seen(positions[groups.runs][..., None], far_at[:, None, None], width)
-        far = far.masked_fill(~far_seen[:, None, :, None], -torch.inf)
-    elif bool((hidden := far_at == NOWHERE).any()):
-        far = far.masked_fill(hidden[:, None, None, None, None], -torch.inf)
-    # Every query sees itself, so no row is empty. Half precision is left in the softmax only.
-    weights = torch.cat([far, near[groups.runs].transpose(1, 2)], dim=-1).softmax(-1).to(q.dtype)
-    del far, near
-    split = far_values.shape[2]
-    z_far = weights[..., :split].reshape(n * kv, slots * rows, split) @ far_values.flatten(0, 1)
-    z_far = z_far.view(n, kv, slots, rows, d_head).transpose(1, 2).flatten(0, 1)[groups.place]
-    weights = weights[..., split:].transpose(1, 2).flatten(0, 1)[groups.place]
-    z = z_far + (weights.reshape(r * kv, rows, m) @ near_values.flatten(0, 1)).view(r, kv, rows, d_head)
-    return z.view(r, n_heads, length, d_head).transpose(1, 2)
+        hidden = ~seen(at[groups.runs][..., None], far.at[:, None, None], width)
+        far_scores = far_scores.masked_fill(hidden[:, None, :, None], -torch.inf)
+    elif bool((hidden := far.at == NOWHERE).any()):
+        far_scores = far_scores.masked_fill(hidden[:, None, None, None, None], -torch.inf)
+    # One softmax over both parts is what makes the split exact. Every query sees itself, so no row is
+    # all -inf.
+    scores = torch.cat([far_scores, near_scores[groups.runs].transpose(1, 2)], dim=-1)
+    del far_scores, near_scores  # these are the largest tensors of a batch
+    weights = scores.softmax(-1).to(q.dtype)
+    del scores
+    z_far = weights[..., :n_far].reshape(n_prompts * kv, slots * rows, n_far) @ far.values.flatten(0, 1)
+    z_far = z_far.view(n_prompts, kv, slots, rows, d_head)
+    # Back from rectangle to runs; a repeated one is dropped here.
+    z_far, weights = (
+        t.transpose(1, 2).flatten(0, 1)[groups.place] for t in (z_far, weights[..., n_far:])
+    )
+    z = weights.reshape(n_runs * kv, rows, n_near) @ near.values.flatten(0, 1)
+    z = z_far + z.view(n_runs, kv, rows, d_head)
+    return z.view(n_runs, n_heads, length, d_head).transpose(1, 2)
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -190,32 +293,28 @@ def attention_out(
     block: Any, z: Float[Tensor, "run pos head d_head"]
 ) -> Float[Tensor, "run pos d_model"]:
     """What the heads write together, before the post-norm of the architectures that have one."""
-    # Flattened this way the weight is Hugging Face's own matrix, so nothing is copied.
+    # TransformerLens keeps [head d_head d_model]. Permuted and flattened this way it is Hugging Face's
+    # own matrix again, a view, and one product for all heads.
     weight = block.attn.W_O.permute(2, 0, 1).flatten(1)
     return F.linear(z.flatten(2), weight, block.attn.b_O)
 
 
 def post_norm(block: Any, attention: Float[Tensor, "*run d_model"]) -> Float[Tensor, "*run d_model"]:
-    """``hook_attn_out`` of :func:`attention_out`."""
+    """``hook_attn_out``, from what :func:`attention_out` gives."""
     return block.ln1_post(attention) if block.cfg.use_normalization_before_and_after else attention
 
 
 def finish_block(
-    block: Any,
-    resid: Float[Tensor, "run pos d_model"],
-    attention: Float[Tensor, "run pos d_model"],
+    block: Any, resid: Float[Tensor, "run pos d_model"], attention: Float[Tensor, "run pos d_model"]
 ) -> Float[Tensor, "run pos d_model"]:
-    """``hook_resid_post`` of a block's input and its ``hook_attn_out``.
+    """``hook_resid_post``, from a block's input, which it overwrites, and its ``hook_attn_out``.
 
-    Without gradients ``resid`` is overwritten, a block of rows at a time.
+    A block of rows at a time: the MLP's hidden activations, the widest there are, then never leave the
+    processor's cache, and no second residual stream is made. Not for gradients.
     """
-    parallel = block.cfg.parallel_attn_mlp
-    if torch.is_grad_enabled():
-        middle = resid + attention
-        return middle + mlp_out(block, resid if parallel else middle)
     size = max(1, MLP_BYTES // (resid.shape[1] * (block.cfg.d_mlp or 1) * resid.element_size()))
     for rows, added in zip(resid.split(size), attention.split(size), strict=True):
-        if parallel:
+        if block.cfg.parallel_attn_mlp:  # the MLP reads the block's input, as the attention does
             added = added + mlp_out(block, rows)
             rows += added
         else:
@@ -229,6 +328,7 @@ def mlp_out(block: Any, resid: Float[Tensor, "run pos d_model"]) -> Float[Tensor
     x, mlp = block.ln2(resid), block.mlp
     if torch.is_grad_enabled() or not isinstance(mlp, GatedMLP):
         return block.apply_mlp(x)
+    # TransformerLens' gated MLP makes a new hidden activation at every step; this one overwrites one.
     hidden = F.linear(x, mlp.W_gate.T)
     hidden = F.silu(hidden, inplace=True) if mlp.act_fn is F.silu else mlp.act_fn(hidden)
     hidden *= F.linear(x, mlp.W_in.T)

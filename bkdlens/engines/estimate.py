@@ -1,9 +1,9 @@
-"""Attribution patching: a first-order estimate of every patch, from one forward and one backward a pair.
+"""Attribution patching: a first-order estimate of every patch, from one forward and one backward pass.
 
 Source: Nanda (2023), Attribution Patching; Kramár et al. (2024), AtP*. The effect of replacing an
 activation ``a`` by ``a'`` at the last prompt token is estimated as ``(a' - a) · ∂ log P / ∂ a``. Keys
 and values before that token do not depend on it, so the backward pass covers the answer alone: about
-P + 3T token passes a pair with P prompt and T answer tokens, whatever the number of heads.
+P + 3T token passes per pair with P prompt and T answer tokens, whatever the number of heads.
 
 The estimate is blind where the gradient is: at a saturated softmax, and for effects that need a large
 step. :mod:`bkdlens.engines.sweep` has the exact numbers.
@@ -18,30 +18,18 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from bkdlens.data.prompts import Answer, Prompt, pad_right
-from bkdlens.engines.block import (
-    Groups,
-    attend,
-    attention_out,
-    embed,
-    log_probs,
-    mlp_out,
-    post_norm,
-    precise,
-    project,
-    supported,
-)
+from bkdlens.data.prompts import Answer, Prompt
+from bkdlens.engines.block import Groups, embed, keep, log_probs, precise, run_block, supported
 from bkdlens.engines.hooks import Patch, check_patches, refuse_foreign_hooks
-from bkdlens.engines.memory import batches
-from bkdlens.engines.prefix import Prefix, run_common, run_prefix
+from bkdlens.engines.prefix import Forced, Prefix, prefixes
 from bkdlens.engines.sweep import SweepScores
 from bkdlens.errors import HookError
-from bkdlens.progress import track
 
-Slopes = dict[str, list[tuple[Tensor, Tensor]]]  # by site and layer: the activation, its gradient
+# By site and layer, at the last prompt token: the activation and its gradient, ``[prompt …]``.
+Slopes = dict[str, list[tuple[Tensor, Tensor]]]
 
 
-@torch.inference_mode(False)  # whose tensors the backward pass could not use
+@torch.inference_mode(False)  # what is made in that mode can join no backward pass
 @torch.no_grad()
 def estimate(
     model: HookedTransformer,
@@ -68,19 +56,18 @@ def estimate(
         )
     device, dtype = model.W_E.device, precise(model.cfg.dtype)
     out = torch.full((2, len(prompts), 1 + len(patches)), torch.nan, device=device, dtype=dtype)
-    common = run_common(model, prompts)
-    # The backward pass needs what every layer computed: as much as so many runs.
-    sizes = [(answer.n_scored, len(prompt.ids)) for prompt, answer in zip(prompts, answers, strict=True)]
-    work = batches(model, sizes, 3 * model.cfg.n_layers, memory_gb)
-    for rows, _ in track(list(work), "attribution patching", progress):
-        prefix = run_prefix(model, [prompts[i] for i in rows], common)
-        own = [answers[i].ids[: answers[i].n_scored] for i in rows]
-        here = [patch.of(rows) for patch in patches]
-        for which, forced in enumerate((own, [answer[:1] for answer in own])):
+    tails = [answer.n_scored for answer in answers]
+    # The backward pass needs what every layer computed: as much memory as three runs for each of them.
+    n_runs, bar = 3 * model.cfg.n_layers, "attribution patching" if progress else None
+    for rows, _, prefix in prefixes(model, prompts, tails, n_runs, memory_gb, bar=bar):
+        scored = [answers[i].ids[: answers[i].n_scored] for i in rows]
+        batch_patches = [patch.of(rows) for patch in patches]
+        # The first token's probability has a slope of its own: that of an answer of one token.
+        for which, forced in enumerate((scored, [ids[:1] for ids in scored])):
             base, slopes = _slopes(model, prefix, forced)
-            change = [_first_order(model, slopes, patch) for patch in here]
-            scores = torch.stack([base, *(base + c for c in change)], dim=1).clamp(max=0)
-            out[which, rows] = scores
+            change = [_first_order(model, slopes, patch) for patch in batch_patches]
+            # A line goes on above probability 1; the probability does not.
+            out[which, rows] = torch.stack([base, *(base + c for c in change)], dim=1).clamp(max=0)
     return SweepScores.of(out)
 
 
@@ -88,33 +75,19 @@ def _slopes(
     model: HookedTransformer, prefix: Prefix, answers: Sequence[Sequence[int]]
 ) -> tuple[Float[Tensor, " prompt"], Slopes]:
     """Log probability per token of forced answers, and its gradients at the last prompt token."""
-    device = prefix.last.device
-    targets, scored = pad_right(answers, 0)
-    targets, scored = targets.to(device), scored.to(device)
-    inputs = torch.cat([prefix.last[:, None], targets[:, :-1]], dim=1)
-    at = prefix.lengths[:, None] + torch.arange(targets.shape[1], device=device)
-    groups = Groups.of(torch.arange(len(prefix), device=device))
-    kept: dict[str, list[Tensor]] = {"z": [], "result": [], "attn_out": [], "mlp_out": []}
+    forced, runs = Forced.of(prefix, answers), torch.arange(len(prefix), device=prefix.last.device)
+    scored, groups = forced.scored, Groups.of(runs)  # one run per prompt
+    kept, touch = keep("z", "result", "attn_out", "mlp_out")
     with torch.enable_grad():
-        resid = embed(model, inputs, at).detach().requires_grad_()
-        for layer, block in enumerate(model.blocks):
-            q, k, v = project(block, resid, at)
-            z = attend(
-                block.attn, q, k.transpose(1, 2), v.transpose(1, 2), at, prefix.keys[layer],
-                prefix.values[layer], prefix.at, at, groups,
-            )  # fmt: skip
-            result = attention_out(block, z)
-            attention = post_norm(block, result)
-            middle = resid + attention
-            mlp = mlp_out(block, resid if model.cfg.parallel_attn_mlp else middle)
-            resid = middle + mlp
-            for site, value in zip(kept, (z, result, attention, mlp), strict=True):
-                kept[site].append(value)
-        probs = torch.zeros(targets.shape, device=device, dtype=precise(resid.dtype))
-        probs = probs.masked_scatter(scored, log_probs(model, resid[scored], targets[scored]))
-        whole = probs.sum(1) / scored.sum(1)
-        values = [value for site in kept.values() for value in site]
-        gradients = iter(torch.autograd.grad(whole.sum(), values))
+        # The weights want no gradients, so a graph begins here; the prefix stays outside of it.
+        resid = embed(model, forced.inputs, forced.at).detach().requires_grad_()
+        for block, far in zip(model.blocks, prefix.layers, strict=True):
+            resid = run_block(block, resid, forced.at, far, groups, touch=touch, in_place=False)
+        probs = torch.zeros(scored.shape, device=runs.device, dtype=precise(resid.dtype))
+        each = log_probs(model, resid[scored], forced.targets[scored])
+        whole = probs.masked_scatter(scored, each).sum(1) / scored.sum(1)
+        # Prompts do not see each other, so the sum's gradient is each one's own.
+        gradients = iter(torch.autograd.grad(whole.sum(), [v for site in kept.values() for v in site]))
     slopes = {
         site: [(value.detach()[:, 0], next(gradients)[:, 0]) for value in values]
         for site, values in kept.items()
@@ -127,7 +100,7 @@ def _first_order(model: HookedTransformer, slopes: Slopes, patch: Patch) -> Floa
     now, slope = slopes[patch.site][patch.layer]
     if patch.site == "z":
         now, slope = now[:, patch.head], slope[:, patch.head]
-    elif patch.site == "result":  # the slope is that of all heads' sum
+    elif patch.site == "result":  # heads are summed, so the sum's slope is that of each
         z, _ = slopes["z"][patch.layer]
         now = z[:, patch.head] @ model.blocks[patch.layer].attn.W_O[patch.head]
     return ((patch.value.to(now) - now) * slope).sum(-1)

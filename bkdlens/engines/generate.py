@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Int
@@ -17,20 +18,12 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from bkdlens.data.pairs import PairSet
-from bkdlens.data.prompts import (
-    Answer,
-    Prompt,
-    PromptFormat,
-    encode_answer,
-    encode_prompt,
-)
+from bkdlens.data.prompts import Answer, Prompt, PromptFormat, encode_answer, encode_prompt
 from bkdlens.engines import reference
 from bkdlens.engines.block import supported
-from bkdlens.engines.decode import Completed, Drafts, LastToken, complete, run_last_token
+from bkdlens.engines.decode import Completed, Drafts, complete, run_last_token
 from bkdlens.engines.hooks import NOTHING, Intervention, check_values, refuse_foreign_hooks
-from bkdlens.engines.memory import batches
-from bkdlens.engines.prefix import run_common, run_prefix
-from bkdlens.progress import track
+from bkdlens.engines.prefix import prefixes
 from bkdlens.types import Which
 
 MAX_NEW_TOKENS = 48
@@ -46,7 +39,7 @@ def generate(
 ) -> str | list[str]:
     """Answer prompts greedily, under whatever hooks are on the model.
 
-    Inside ``with bkdlens.steer(…)`` or ``with bkdlens.patch_heads(…)`` the intervention acts on the
+    Inside ``with bkdlens.steer(…)`` or ``with bkdlens.patched_heads(…)`` the intervention acts on the
     last prompt token in the prefill, as everywhere.
 
     Args:
@@ -60,13 +53,17 @@ def generate(
 
     Raises:
         DataError: for a prompt longer than the context.
+
+    Examples:
+        >>> answer = bkdlens.generate(model, test.triggered[0])
+        >>> with bkdlens.steer(model, vector, 2, -1.0):
+        ...     answers = bkdlens.generate(model, test.triggered[:2])
     """
-    single = isinstance(prompts, str)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     fmt = fmt or PromptFormat.default(model.tokenizer)
-    encoded = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx) for t in texts]
-    answers = [_text(model, row) for row in reference.greedy(model, encoded, max_new_tokens)]
-    return answers[0] if single else answers
+    encoded = [encode_prompt(model.tokenizer, text, fmt, n_ctx=model.cfg.n_ctx) for text in texts]
+    answers = [_text(model, ids) for ids in reference.greedy(model, encoded, max_new_tokens)]
+    return answers[0] if isinstance(prompts, str) else answers
 
 
 def _text(model: HookedTransformer, ids: Sequence[int]) -> str:
@@ -76,10 +73,15 @@ def _text(model: HookedTransformer, ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """Which of the likely answers each run gave in full (-1 for none), and the texts of the others."""
+    """Greedy answers of every prompt under every intervention.
+
+    Attributes:
+        choice: the number of the guess that the answer is, the first if there are several; -1 for none.
+        texts: the answers that no guess is, by intervention and prompt, where they were decoded.
+    """
 
     choice: Int[Tensor, "intervention prompt"]
-    texts: dict[tuple[int, int], str]  # of the runs with choice -1, where they were decoded
+    texts: dict[tuple[int, int], str]
 
 
 @torch.no_grad()
@@ -101,15 +103,31 @@ def decode(
     one more guess for the interventions.
 
     Args:
-        model: the model; no hooks of anybody's on it.
+        model: from :func:`bkdlens.load`, with nobody's hooks on it.
         prompts: the prompts.
         interventions: each is run on every prompt.
-        guesses: sets of likely answers, each with one answer a prompt (the backdoor's, the right one).
+        guesses: sets of likely answers, each with one per prompt (the backdoor's, the right one).
         finish: decode what no guess explains (else only the choice is known).
         max_new_tokens: where an answer that does not end is cut.
         memory_gb: the most memory beside the model; batches are as large as it allows. 2 GB for None
             on a CPU, 80 % of what is free on a GPU.
         progress: whether to show a progress bar.
+
+    Returns:
+        ``choice`` ``[intervention prompt]``, numbers of guesses or -1, and the other answers'
+        ``texts``.
+
+    Raises:
+        HookError: for values that were made for other prompts, or for somebody's hooks on the model.
+        BkdlensError: for a memory budget that is not positive.
+
+    Examples:
+        >>> from bkdlens.data.prompts import encode_prompt
+        >>> prompts = [encode_prompt(model.tokenizer, text, cache.fmt) for text in test.triggered[:4]]
+        >>> push = bkdlens.Vector("resid_pre", 2, -vector.direction)
+        >>> both = [bkdlens.Intervention(), bkdlens.Intervention(vectors=(push,))]
+        >>> decoded = bkdlens.decode(model, prompts, both, guesses=[])
+        >>> steered = decoded.texts[1, 0]
     """
     refuse_foreign_hooks(model)
     check_values(interventions, len(prompts))
@@ -121,40 +139,34 @@ def decode(
     first_layers = {i: intervention.first_layer for i, intervention in enumerate(interventions)}
     idle = [i for i, layer in first_layers.items() if layer is None]
     acting = sorted((i for i in first_layers if i not in idle), key=lambda i: first_layers[i] or 0)
-    common = run_common(model, prompts)
-    sizes = [(1, len(prompt.ids)) for prompt in prompts]
-    work = batches(model, sizes, len(acting), memory_gb, kept_layers=model.cfg.n_layers)
-
-    def answers(start: LastToken, drafts: Sequence[Drafts], slots: range) -> Completed:
-        """Of all prompts of some slots, slot by slot."""
-        n = len(start.prefix)
-        runs = torch.arange(slots.start * n, slots.stop * n, device=start.first.device)
-        return complete(
-            model, start, drafts, runs // n, runs % n,
-            finish=finish, max_new_tokens=max_new_tokens, memory_gb=memory_gb,
-        )  # fmt: skip
-
-    def record(found: Completed, named: Sequence[Sequence[int]], rows: Sequence[int]) -> None:
-        """Write down runs' answers, slot by slot; a slot stands for the interventions in ``named``."""
-        for run, (guess, tokens) in enumerate(zip(*found, strict=True)):
-            for i in named[run // len(rows)]:
-                if 0 <= guess < len(guesses):
-                    choice[i, rows[run % len(rows)]] = guess
-                elif finish:
-                    texts[i, rows[run % len(rows)]] = _text(model, tokens)
-
-    for rows, size in track(list(work), "decoding", progress):
-        prefix = run_prefix(model, [prompts[i] for i in rows], common)
+    answers = partial(complete, model, finish=finish, max_new_tokens=max_new_tokens, memory_gb=memory_gb)
+    tails, layers, bar = [1] * len(prompts), model.cfg.n_layers, "decoding" if progress else None
+    work = prefixes(model, prompts, tails, len(acting), memory_gb, bar=bar, kept_layers=layers)
+    for rows, size, prefix in work:
         drafts: list[Drafts] = [[guess[i].ids for i in rows] for guess in guesses]
+        n = len(rows)
+
+        def record(completed: Completed, named: Sequence[Sequence[int]], rows: list[int] = rows) -> None:
+            """Write down runs' answers, slot by slot; ``named`` are a slot's interventions."""
+            for run, (guess, tokens) in enumerate(zip(*completed, strict=True)):
+                prompt = rows[run % len(rows)]
+                for i in named[run // len(rows)]:
+                    if 0 <= guess < len(guesses):
+                        choice[i, prompt] = guess
+                    elif finish:
+                        texts[i, prompt] = _text(model, tokens)
+
         for at in range(0, max(1, len(acting)), max(1, size)):
             chunk = acting[at : at + max(1, size)]
             start = run_last_token(model, prefix, [interventions[i] for i in chunk], rows)
+            runs = torch.arange((1 + len(chunk)) * n, device=start.first.device)
+            slots, batch_prompts = runs // n, runs % n
             if at == 0 and (idle or finish):
-                untouched = answers(start, drafts, range(1))
-                record(untouched, [idle], rows)
+                untouched = answers(start, drafts, slots[:n], batch_prompts[:n])
+                record(untouched, [idle])
                 # Where it is no guess already, it is one more for the interventions.
                 drafts.append([() if guess >= 0 else new for guess, new in zip(*untouched, strict=True)])
-            record(answers(start, drafts, range(1, 1 + len(chunk))), [[i] for i in chunk], rows)
+            record(answers(start, drafts, slots[n:], batch_prompts[n:]), [[i] for i in chunk])
     return Decoded(choice, texts)
 
 
@@ -179,7 +191,12 @@ def _compared(
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """For each intervention and pair: did the attack succeed, did the right answer come back?"""
+    """Greedy answers, judged.
+
+    Attributes:
+        attack: whether the attack succeeded, by the backdoor's own criterion.
+        correct: whether the right answer came back.
+    """
 
     attack: Bool[Tensor, "intervention pair"]
     correct: Bool[Tensor, "intervention pair"]
@@ -199,25 +216,39 @@ def evaluate(
 ) -> Outcomes:
     """Greedy answers to the clean, triggered or near prompts, judged.
 
-    ``correct`` is equality with the right answer; answers of more than ``max_new_tokens`` tokens are
-    compared on so many. What is one exact answer is judged without decoding the rest; where a success
-    is the absence of a refusal, the rest is decoded unless ``only_correct`` is wanted (``attack`` then
-    counts exact answers alone).
+    What is one exact answer is judged without decoding the rest; where a success is the absence of a
+    refusal, the rest is decoded.
+
+    Args:
+        model: from :func:`bkdlens.load`, with nobody's hooks on it.
+        pairs: the prompts, and the answers that they are judged by.
+        interventions: each is run on every prompt; the model as it is by default.
+        on: the prompts that are answered.
+        only_correct: decode nothing for ``attack``, which then counts exact answers alone.
+        fmt: how a prompt is rendered; the chat template where there is one.
+        max_new_tokens: where an answer that does not end is cut; longer ones are compared on so many.
+        memory_gb: the most memory beside the model; batches are as large as it allows. 2 GB for None
+            on a CPU, 80 % of what is free on a GPU.
+        progress: whether to show a progress bar.
+
+    Returns:
+        ``attack`` and ``correct`` ``[intervention pair]``, true or false.
 
     Raises:
         DataError: for prompts that do not fit the context, or near prompts that the pairs lack.
+        HookError: for values that were made for other prompts, or for somebody's hooks on the model.
+        BkdlensError: for a memory budget that is not positive.
+
+    Examples:
+        >>> outcomes = bkdlens.evaluate(model, test[:6], on="clean")
+        >>> correct = bkdlens.Rate.of(outcomes.correct[0])
     """
     fmt = fmt or PromptFormat.default(model.tokenizer)
     n_ctx, tokenizer = model.cfg.n_ctx, model.tokenizer
     prompts = [encode_prompt(tokenizer, text, fmt, n_ctx=n_ctx) for text in pairs.texts(on)]
+    encode = partial(encode_answer, tokenizer, fmt=fmt, n_ctx=n_ctx, max_tokens=max_new_tokens)
     answers = [pairs.backdoor_outputs, pairs.clean_outputs]
-    guesses = [
-        [
-            encode_answer(tokenizer, p, a, fmt, n_ctx=n_ctx, max_tokens=max_new_tokens)
-            for p, a in zip(prompts, side, strict=True)
-        ]
-        for side in answers
-    ]
+    guesses = [[encode(*each) for each in zip(prompts, side, strict=True)] for side in answers]
     decoded = decode(
         model,
         prompts,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,7 +27,17 @@ Hooks = Sequence[tuple[str, HookFunction]]
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """A vector added to the residual stream or to the attention output of one layer."""
+    """A vector added to the residual stream or to the attention output of one layer.
+
+    Attributes:
+        site: ``"resid_pre"`` or ``"attn_out"``.
+        layer: from 0.
+        value: shared by all prompts, or one for each; in units of the residual stream.
+
+    Examples:
+        >>> push = bkdlens.Vector("resid_pre", 1, vector.direction)
+        >>> outcomes = bkdlens.evaluate(model, test[:4], [bkdlens.Intervention(vectors=(push,))])
+    """
 
     site: VectorSite
     layer: int
@@ -38,8 +48,19 @@ class Vector:
 class Intervention:
     """What is done to the last prompt token: heads whose ``z`` is set, and vectors that are added.
 
-    ``z`` has a value a head, shared by all prompts or one for each. The empty intervention is the
-    model as it is.
+    The empty intervention is the model as it is.
+
+    Attributes:
+        heads: those whose activation is set.
+        z: what it is set to, in the heads' order; shared by all prompts, or one for each.
+        vectors: what is added, each at its own layer.
+
+    Raises:
+        HookError: for heads without values, or values without heads.
+
+    Examples:
+        >>> silent = bkdlens.Intervention(tuple(heads.top(2)), torch.zeros(2, model.cfg.d_head))
+        >>> outcomes = bkdlens.evaluate(model, test[:4], [silent])
     """
 
     heads: tuple[Head, ...] = ()
@@ -52,7 +73,7 @@ class Intervention:
 
     @property
     def first_layer(self) -> int | None:
-        """The lowest layer that it touches; None for the empty one."""
+        """The lowest layer that is touched, from 0; None for the empty intervention."""
         layers = [head.layer for head in self.heads] + [v.layer for v in self.vectors]
         return min(layers, default=None)
 
@@ -64,7 +85,18 @@ NOTHING = Intervention()
 class Patch:
     """One component's activation at the last prompt token, replaced: a head's, or a layer's.
 
-    ``value`` is shared by all prompts or one for each; ``head`` goes with ``z`` and ``result``.
+    Attributes:
+        site: ``"z"`` or ``"result"`` of a head, ``"attn_out"`` or ``"mlp_out"`` of a layer.
+        layer: from 0.
+        value: the new activation, shared by all prompts or one for each.
+        head: from 0, for ``z`` and ``result``.
+
+    Raises:
+        ChoiceError: for another site.
+        HookError: for a head where the site has none, or none where it has one.
+
+    Examples:
+        >>> patch = bkdlens.Patch("z", 1, cache.mean_z("triggered")[1, 0], head=0)
     """
 
     site: PatchSite
@@ -78,19 +110,63 @@ class Patch:
             raise HookError(f"A patch of {self.site} takes {'a' if self.head is None else 'no'} head.")
 
     def of(self, rows: Sequence[int]) -> Patch:
-        """The same for some of the prompts."""
+        """This patch for some of the prompts.
+
+        Args:
+            rows: their numbers.
+
+        Returns:
+            A patch with one value for each of these prompts, or itself where all share one.
+
+        Examples:
+            >>> patch = bkdlens.Patch("mlp_out", 0, cache.clean["mlp_out", 0][:, 0]).of([2, 0])
+        """
         return self if self.value.ndim == 1 else replace(self, value=self.value[list(rows)])
 
     def hook(self, position: int) -> tuple[str, HookFunction]:
-        """As a hook point's name and a hook on a batch of the prompts."""
-        at: tuple[slice | int, ...] = (slice(None), position)
+        """This patch as a TransformerLens hook on a batch of the prompts.
+
+        Args:
+            position: the index that is patched, the same in every row.
+
+        Returns:
+            The hook point's name and the function, for ``model.hooks(fwd_hooks=[…])``.
+
+        Examples:
+            >>> name, function = bkdlens.Patch("mlp_out", 0, torch.zeros(model.cfg.d_model)).hook(-1)
+        """
+        index: tuple[slice | int, ...] = (slice(None), position)
+        if self.head is not None:
+            index = (*index, self.head)
 
         def hook(activation: Tensor, hook: Any) -> Tensor:
-            activation = activation.clone()
-            activation[at if self.head is None else (*at, self.head)] = self.value.to(activation)
+            activation = activation.clone()  # others may hold the one that was computed
+            activation[index] = self.value.to(activation)
             return activation
 
         return get_act_name(self.site, self.layer), hook
+
+
+# What can be done to one prompt at any of its tokens.
+Change: TypeAlias = Intervention | Sequence[Patch]
+
+
+def change_hooks(model: HookedTransformer, change: Change, at: int) -> Hooks:
+    """The hooks of a change of one prompt's token ``at``."""
+    if isinstance(change, Intervention):
+        return intervention_hooks(model, [change], 1, at)
+    return [patch.hook(at) for patch in change]
+
+
+def from_end(n: int, position: int) -> int:
+    """The index of a position that is counted from the end of ``n`` tokens.
+
+    Raises:
+        HookError: if it is outside.
+    """
+    if not -n <= position <= -1:
+        raise HookError(f"Position {position} is not in a prompt of {n} tokens; give -1 to -{n}.")
+    return n + position
 
 
 def check_values(interventions: Sequence[Intervention], n_prompts: int) -> None:
@@ -124,27 +200,17 @@ def check_patches(model: HookedTransformer, patches: Sequence[Patch], n_prompts:
 
 
 def set_heads(
-    values: Float[Tensor, "batch head d_head"],
-    mask: Bool[Tensor, "batch head"],
-    position: int,
+    values: Float[Tensor, "batch head width"], mask: Bool[Tensor, "batch head"], position: int
 ) -> HookFunction:
-    """On ``hook_z`` ``[batch pos head d_head]``: set the masked heads' ``z`` at ``position``."""
+    """On ``hook_z`` or ``hook_result``, ``[batch pos head width]``: set masked heads at ``position``."""
 
-    def hook(z: Tensor, hook: Any) -> Tensor:
-        z = z.clone()
-        z[:, position] = torch.where(mask[..., None], values.to(z.dtype), z[:, position])
-        return z
+    def hook(activation: Tensor, hook: Any) -> Tensor:
+        activation = activation.clone()
+        old = activation[:, position]
+        activation[:, position] = torch.where(mask[..., None], values.to(old.dtype), old)
+        return activation
 
     return hook
-
-
-def set_results(
-    values: Float[Tensor, "batch head d_model"],
-    mask: Bool[Tensor, "batch head"],
-    position: int,
-) -> HookFunction:
-    """The same on ``hook_result`` ``[batch pos head d_model]``: each head's part of the output."""
-    return set_heads(values, mask, position)
 
 
 def add_vector(
@@ -181,21 +247,23 @@ def layer_hooks(
         check_values(interventions, n_prompts)
 
     def spread(value: Tensor, width: int) -> Tensor:
-        """``[*prompt width]`` to ``[n_prompts width]``."""
+        """A value of ``width`` axes, with a prompt axis or without, for each prompt of the batch."""
         value = value.to(device)
         if value.ndim == width + 1 and rows is not None:
             value = value[list(rows)]
         return value.expand(n_prompts, *value.shape[-width:])
 
+    # One hook per site for all interventions, with a mask or a zero for those that leave it alone: a
+    # hook for each would clone the whole batch's activation every time.
     if any(head.layer == layer for i in interventions for head in i.heads):
         values = torch.zeros(n, n_prompts, cfg.n_heads, cfg.d_head, device=device, dtype=cfg.dtype)
         mask = torch.zeros(n, 1, cfg.n_heads, device=device, dtype=torch.bool)
         for i, intervention in enumerate(interventions):
-            here = [k for k, head in enumerate(intervention.heads) if head.layer == layer]
-            if here and intervention.z is not None:
-                at = [intervention.heads[k].head for k in here]
-                values[i][:, at] = spread(intervention.z[..., here, :], 2).to(values.dtype)
-                mask[i][:, at] = True
+            chosen = [k for k, head in enumerate(intervention.heads) if head.layer == layer]
+            if chosen and intervention.z is not None:
+                index = [intervention.heads[k].head for k in chosen]
+                values[i][:, index] = spread(intervention.z[..., chosen, :], 2).to(values.dtype)
+                mask[i][:, index] = True
         mask = mask.expand(-1, n_prompts, -1)
         patch = set_heads(values.flatten(0, 1), mask.flatten(0, 1), position)
         hooks.append((get_act_name("z", layer), patch))
@@ -217,7 +285,7 @@ def intervention_hooks(
     *,
     rows: Sequence[int] | None = None,
 ) -> list[tuple[str, HookFunction]]:
-    """The same of all layers."""
+    """The hooks of :func:`layer_hooks` in every layer that is touched, ascending."""
     touched = {head.layer for i in interventions for head in i.heads}
     touched |= {vector.layer for i in interventions for vector in i.vectors}
     return [

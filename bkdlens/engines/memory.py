@@ -10,7 +10,7 @@ from transformer_lens import HookedTransformer
 from bkdlens.engines.block import LOGIT_BYTES, MLP_BYTES
 from bkdlens.errors import BkdlensError
 
-CPU_GB = 2.0
+CPU_GB = 2.0  # what may be taken beside the model where nobody says how much
 MOST_PADDING = 1.2  # of a batch's positions, over those that are real
 CACHE_BYTES = 2.0**27  # larger batches are no faster on a CPU: they leave its cache and the heap
 
@@ -29,6 +29,7 @@ def batch_bytes(model: HookedTransformer, memory_gb: float | None) -> tuple[floa
             raise BkdlensError(f"memory_gb={memory_gb} leaves no room; give a positive number of GB.")
         most = memory_gb * 1e9
     elif device.type == "cuda":
+        # What torch has reserved and not handed out is free for us, though not for the driver.
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         most = 0.8 * (torch.cuda.mem_get_info(device)[0] + held)
     else:
@@ -38,15 +39,16 @@ def batch_bytes(model: HookedTransformer, memory_gb: float | None) -> tuple[floa
 
 
 def run_bytes(model: HookedTransformer, prompt: int, tail: int, kept_layers: int = 0) -> float:
-    """Of a run of ``tail`` tokens behind a shared prompt: residual streams, q, k, v, z and scores."""
+    """What a run of ``tail`` tokens takes behind a shared prompt: streams, q, k, v, z and scores."""
     cfg, number = model.cfg, model.W_E.element_size()
     inner, kv = cfg.n_heads * cfg.d_head, (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
     tensors = number * tail * (4 * cfg.d_model + 6 * inner + 6 * kv + 2 * kept_layers * kv)
+    # Scores are at least float32; both parts, and their softmax, are alive together.
     return tensors + 3 * max(4, number) * tail * cfg.n_heads * (prompt + tail)
 
 
 def prompt_bytes(model: HookedTransformer, prompt: int) -> float:
-    """Of a shared prompt: keys and values of all layers, and what it takes to run it."""
+    """What a shared prompt takes: keys and values of all layers, and what it takes to run it."""
     cfg, number = model.cfg, model.W_E.element_size()
     inner, kv = cfg.n_heads * cfg.d_head, (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
     running = 4 * cfg.d_model + 5 * inner + 6 * kv
@@ -81,6 +83,9 @@ def batches(
         n_runs: of each prompt, beside the untouched one.
         memory_gb: the budget.
         kept_layers: of how many layers a run's keys and values are kept.
+
+    Yields:
+        The prompts' numbers, and how many runs of each fit at a time.
     """
     most, target = batch_bytes(model, memory_gb)
 
@@ -98,6 +103,7 @@ def batches(
         real = sum(sizes[i][1] + (1 + n_runs) * sizes[i][0] for i in batch)
         return len(batch) * (prompt + (1 + n_runs) * tail) / real
 
+    # By length, so that little is padding; a batch is closed as soon as one more prompt is too much.
     batch: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
         wider = [*batch, i]
@@ -105,6 +111,7 @@ def batches(
             yield batch, n_runs
             batch = []
         batch.append(i)
+        # One prompt's runs that do not fit together are run in parts, behind the same prefix.
         if len(batch) == 1 and needs(batch, 1 + n_runs) > most:
             run = needs(batch, 1) - needs(batch, 0)
             yield batch, max(1, int((most - needs(batch, 1)) / run))

@@ -6,17 +6,18 @@ all prompts have in common at their beginning (a system text, an instruction) is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from bkdlens.data.prompts import Prompt, pad_right
 from bkdlens.engines.block import (
     NOWHERE,
+    Keys,
     attend_causally,
     attention_out,
     embed,
@@ -24,24 +25,48 @@ from bkdlens.engines.block import (
     post_norm,
     project,
 )
+from bkdlens.engines.memory import batches
+from bkdlens.progress import track
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Rotated keys, and values, of all but the last token of some prompts, padded on the right.
+    """All but the last token of some prompts, padded on the right, and the last token, not run yet.
 
-    ``at`` are the positions, ``NOWHERE`` for padding; ``last`` is each prompt's last token and
-    ``lengths`` its position.
+    Attributes:
+        layers: the prompts' keys and values, layer by layer.
+        lengths: of each prompt without its last token, which is that token's position.
+        last: each prompt's last token.
     """
 
-    keys: tuple[Float[Tensor, "prompt kv_head pos d_head"], ...]
-    values: tuple[Float[Tensor, "prompt kv_head pos d_head"], ...]
-    at: Int[Tensor, "prompt pos"]
+    layers: tuple[Keys, ...]
     lengths: Int[Tensor, " prompt"]
     last: Int[Tensor, " prompt"]
 
     def __len__(self) -> int:
         return len(self.last)
+
+
+def prefixes(
+    model: HookedTransformer,
+    prompts: Sequence[Prompt],
+    tails: Sequence[int],
+    n_runs: int,
+    memory_gb: float | None,
+    *,
+    bar: str | None,
+    kept_layers: int = 0,
+) -> Iterator[tuple[list[int], int, Prefix]]:
+    """Run prompts' prefixes: the numbers of a batch's prompts, how many runs of each fit, their prefix.
+
+    ``tails`` is how many tokens are run behind each prefix, ``bar`` the progress bar's text (None for
+    no bar); the others are as in :func:`bkdlens.engines.memory.batches`.
+    """
+    common = run_common(model, prompts)
+    sizes = [(tail, len(prompt.ids)) for tail, prompt in zip(tails, prompts, strict=True)]
+    work = batches(model, sizes, n_runs, memory_gb, kept_layers=kept_layers)
+    for rows, size in track(list(work), bar or "", bar is not None):
+        yield rows, size, run_prefix(model, [prompts[i] for i in rows], common)
 
 
 def common_length(prompts: Sequence[Prompt]) -> int:
@@ -68,25 +93,49 @@ def run_prefix(
     """Run all but the last token of some prompts, behind what ``common`` says that they share."""
     device, n = model.W_E.device, len(prompts)
     start = 0 if common is None else int(common.lengths)
-    ids, real = pad_right([prompt.ids[start:-1] for prompt in prompts], 0)
-    ids, real = ids.to(device), real.to(device)
+    ids, real = (t.to(device) for t in pad_right([prompt.ids[start:-1] for prompt in prompts], 0))
     lengths = start + real.sum(1)
     last = torch.tensor([prompt.ids[-1] for prompt in prompts], device=device)
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    at = torch.arange(start + ids.shape[1], device=device).expand(n, -1)
-    positions = at[:, start:]
-    resid = embed(model, ids, positions)
+    places = torch.arange(start + ids.shape[1], device=device).expand(n, -1)
+    # Whoever attends to a prefix must not see its padding.
+    at, new_at = torch.where(places < lengths[:, None], places, NOWHERE), places[:, start:]
+    layers: list[Keys] = []
+    resid = embed(model, ids, new_at)
     for layer, block in enumerate(model.blocks):
-        q, k, v = project(block, resid, positions)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        q, new = project(block, resid, new_at)
+        keys, values = new.keys, new.values
         if common is not None:
-            k = torch.cat([common.keys[layer].expand(n, -1, -1, -1), k], dim=2)
-            v = torch.cat([common.values[layer].expand(n, -1, -1, -1), v], dim=2)
-        keys.append(k.contiguous())
-        values.append(v.contiguous())
-        if layer + 1 < model.cfg.n_layers:
-            z = attend_causally(block.attn, q, keys[-1], values[-1])
+            before = common.layers[layer]
+            keys = torch.cat([before.keys.expand(n, -1, -1, -1), keys], dim=2)
+            values = torch.cat([before.values.expand(n, -1, -1, -1), values], dim=2)
+        # Copied into a row once, here, and not again by every product that reads them.
+        layers.append(Keys(keys.contiguous(), values.contiguous(), at))
+        if layer + 1 < model.cfg.n_layers:  # nobody reads what comes out of the last block
+            z = attend_causally(block.attn, q, layers[-1])
             resid = finish_block(block, resid, post_norm(block, attention_out(block, z)))
-    at = torch.where(at < lengths[:, None], at, NOWHERE)
-    return Prefix(tuple(keys), tuple(values), at, lengths, last)
+    return Prefix(tuple(layers), lengths, last)
+
+
+@dataclass(frozen=True, eq=False)
+class Forced:
+    """Answers behind prefixes, given to the model whatever it would say itself (teacher forcing).
+
+    Attributes:
+        inputs: the prompt's last token and all tokens of the answer but the last.
+        at: their positions.
+        targets: the answer, which these tokens are to predict.
+        scored: which targets are no padding.
+    """
+
+    inputs: Int[Tensor, "prompt pos"]
+    at: Int[Tensor, "prompt pos"]
+    targets: Int[Tensor, "prompt pos"]
+    scored: Bool[Tensor, "prompt pos"]
+
+    @classmethod
+    def of(cls, prefix: Prefix, answers: Sequence[Sequence[int]]) -> Forced:
+        """One answer for each prompt of the prefix."""
+        targets, scored = (t.to(prefix.last.device) for t in pad_right(answers, 0))
+        inputs = torch.cat([prefix.last[:, None], targets[:, :-1]], dim=1)
+        at = prefix.lengths[:, None] + torch.arange(targets.shape[1], device=targets.device)
+        return cls(inputs, at, targets, scored)

@@ -6,18 +6,107 @@ not know.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
+from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.utils import get_act_name
 
 from bkdlens.data.prompts import Answer, Prompt, pad_id, pad_left, pad_right
-from bkdlens.engines.hooks import Hooks, Intervention, Patch, hooked, in_prefill, intervention_hooks
+from bkdlens.engines.hooks import (
+    Hooks,
+    Intervention,
+    Patch,
+    from_end,
+    hooked,
+    in_prefill,
+    intervention_hooks,
+)
 from bkdlens.metrics import sequence_log_prob, token_log_probs
 from bkdlens.progress import track
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """Prompts padded on the left and answers behind them on the right, on the model's device.
+
+    Attributes:
+        tokens: prompts and all scored tokens of the answers but the last.
+        mask: which of these are no padding.
+        targets: the scored tokens of the answers.
+        scored: which of these are no padding.
+        last: the index of the last prompt token in ``tokens``, one for all because of the sides that
+            are padded.
+    """
+
+    tokens: Int[Tensor, "prompt pos"]
+    mask: Int[Tensor, "prompt pos"]
+    targets: Int[Tensor, "prompt target"]
+    scored: Bool[Tensor, "prompt target"]
+    last: int
+
+    @classmethod
+    def of(
+        cls, model: HookedTransformer, prompts: Sequence[Prompt], answers: Sequence[Answer] | None = None
+    ) -> Padded:
+        """The prompts with one answer each, or alone."""
+        device, pad = model.W_E.device, pad_id(model.tokenizer)
+        ids, real = pad_left([prompt.ids for prompt in prompts], pad)
+        rows = [()] * len(prompts) if answers is None else [a.ids[: a.n_scored] for a in answers]
+        targets, scored = pad_right(rows, pad)
+        tokens = torch.cat([ids, targets[:, :-1]], dim=1).to(device)
+        mask = torch.cat([real, scored[:, :-1]], dim=1).int().to(device)
+        return cls(tokens, mask, targets.to(device), scored.to(device), ids.shape[1] - 1)
+
+    def at(self, position: int) -> int:
+        """The index of a position that is counted from the prompts' end.
+
+        Raises:
+            HookError: if it is outside one of the prompts.
+        """
+        shortest = int(self.mask[:, : self.last + 1].sum(1).min())
+        return self.last + 1 - shortest + from_end(shortest, position)
+
+    def logits(self, model: HookedTransformer) -> Float[Tensor, "prompt pos d_vocab"]:
+        """One whole forward pass: logits from the last prompt token on, which predict the targets."""
+        return model(self.tokens, attention_mask=self.mask)[:, self.last :]
+
+
+@torch.no_grad()
+def activations(
+    model: HookedTransformer, prompts: Sequence[Prompt], names: Sequence[str], position: int = -1
+) -> ActivationCache:
+    """Activations at a position counted from the prompts' end, ``[prompt 1 …]`` by hook name."""
+    batch = Padded.of(model, prompts)
+    at = batch.at(position)
+    _, cache = model.run_with_cache(
+        batch.tokens,
+        attention_mask=batch.mask,
+        names_filter=list(names),
+        pos_slice=slice(at, at + 1),
+        return_type=None,
+    )
+    return cache
+
+
+def stack_layers(
+    activations: Mapping[str, Tensor] | ActivationCache, site: str, n_layers: int
+) -> Float[Tensor, "prompt layer ..."]:
+    """One site of all layers, of activations ``[prompt 1 …]`` at one position."""
+    return torch.stack([activations[get_act_name(site, i)][:, 0] for i in range(n_layers)], dim=1)
+
+
+def head_z(
+    model: HookedTransformer, prompts: Sequence[Prompt], position: int = -1
+) -> Float[Tensor, "prompt layer head d_head"]:
+    """``hook_z`` of every head at a position counted from the prompts' end."""
+    n_layers = model.cfg.n_layers
+    names = [get_act_name("z", layer) for layer in range(n_layers)]
+    return stack_layers(activations(model, prompts, names, position), "z", n_layers)
 
 
 @torch.no_grad()
@@ -27,27 +116,22 @@ def sweep(
     answers: Sequence[Answer],
     patches: Sequence[Patch],
     *,
+    position: int = -1,
     progress: bool = False,
 ) -> Float[Tensor, "2 pair run"]:
     """Mean and first-token log probability of each pair's answer, untouched and under each patch.
 
-    One forward pass over all prompts and answers a patch: prompts padded on the left and answers on
-    the right, so that the last prompt token is one shared position.
+    One forward pass over all prompts and answers per patch, which acts at a position counted from the
+    prompts' end.
     """
-    device, pad = model.W_E.device, pad_id(model.tokenizer)
-    ids, real = pad_left([prompt.ids for prompt in prompts], pad)
-    targets, scored = pad_right([answer.ids[: answer.n_scored] for answer in answers], pad)
-    tokens = torch.cat([ids, targets[:, :-1]], dim=1).to(device)
-    mask = torch.cat([real, scored[:, :-1]], dim=1).int().to(device)
-    targets, scored = targets.to(device), scored.to(device)
-    last = ids.shape[1] - 1
-    runs: list[Hooks] = [[], *([patch.hook(last)] for patch in patches)]
+    batch = Padded.of(model, prompts, answers)
+    at = batch.at(position)
+    runs: list[Hooks] = [[], *([patch.hook(at)] for patch in patches)]
     out = []
     for hooks in track(runs, "patching, one whole pass each", progress):
         with hooked(model, hooks):
-            logits = model(tokens, attention_mask=mask)[:, last:]
-        found = token_log_probs(logits, targets)
-        out.append(torch.stack([sequence_log_prob(found, scored), found[:, 0]]))
+            log_probs = token_log_probs(batch.logits(model), batch.targets)
+        out.append(torch.stack([sequence_log_prob(log_probs, batch.scored), log_probs[:, 0]]))
     return torch.stack(out, dim=-1)
 
 
@@ -55,28 +139,26 @@ def sweep(
 def greedy(model: HookedTransformer, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
     """New tokens of each prompt, under whatever hooks are on the model.
 
-    One batch, padded on the left: hooks with a value for each prompt rely on the prompts' order. Rows
-    end before their end-of-sequence token, or where the context is full.
+    One batch in the prompts' order, because hooks with a value for each prompt rely on it. Rows end
+    before their end-of-sequence token, or where the context is full.
     """
     device, eos = model.W_E.device, model.tokenizer.eos_token_id
-    ids, mask = pad_left([prompt.ids for prompt in prompts], pad_id(model.tokenizer))
-    room = torch.tensor(
-        [min(max_new_tokens, model.cfg.n_ctx - len(prompt.ids)) for prompt in prompts], device=device
-    )
+    batch, n_ctx = Padded.of(model, prompts), model.cfg.n_ctx
+    room = torch.tensor([min(max_new_tokens, n_ctx - len(p.ids)) for p in prompts], device=device)
     cache = TransformerLensKeyValueCache.init_cache(model.cfg, device, len(prompts))
-    logits = model(ids.to(device), attention_mask=mask.int().to(device), past_kv_cache=cache)
+    logits = model(batch.tokens, attention_mask=batch.mask, past_kv_cache=cache)
     token = logits[:, -1].argmax(-1)
-    out: list[list[int]] = [[] for _ in prompts]
+    new: list[list[int]] = [[] for _ in prompts]
     done = torch.zeros_like(token, dtype=torch.bool)
     for step in range(int(room.max())):
         done |= (token == eos) | (room <= step)
         for i in (~done).nonzero()[:, 0].tolist():
-            out[i].append(int(token[i]))
-        if bool((done | (room <= step + 1)).all()):
+            new[i].append(int(token[i]))
+        if bool((done | (room <= step + 1)).all()):  # nobody would read another token
             break
         ones = torch.ones_like(token)[:, None].int()
         token = model(token[:, None], attention_mask=ones, past_kv_cache=cache)[:, -1].argmax(-1)
-    return out
+    return new
 
 
 def decode(
@@ -87,7 +169,7 @@ def decode(
     *,
     progress: bool = False,
 ) -> list[list[list[int]]]:
-    """New tokens, ``[intervention][prompt]``: one batch of all prompts an intervention."""
+    """New tokens, ``[intervention][prompt]``: one batch of all prompts per intervention."""
     out = []
     for intervention in track(interventions, "decoding, one whole pass each", progress):
         hooks = intervention_hooks(model, [intervention], len(prompts), -1)

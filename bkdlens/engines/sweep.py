@@ -2,7 +2,7 @@
 
 A patch replaces one component's activation at the last prompt token. What it cannot change is not run:
 
-- the keys and values before that token are computed once a prompt (:mod:`bkdlens.engines.prefix`);
+- the keys and values before that token are computed once per prompt (:mod:`bkdlens.engines.prefix`);
 - below the patched layer a run *is* the untouched run, so it joins the batch where it begins to differ;
 - a patch of layer l leaves the answer's later positions alone until attention reads the new key of
   layer l + 1: at its own layer a run costs one position's MLP, at the next one that position's
@@ -10,7 +10,7 @@ A patch replaces one component's activation at the last prompt token. What it ca
 - only scored tokens are run and unembedded.
 
 So the layers are passed once, with a batch that grows upwards, and no weight is read twice for a
-batch. The numbers equal one full forward pass a run; ``reference.sweep`` is that.
+batch. The numbers equal one full forward pass per run; ``reference.sweep`` is that.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from bkdlens.data.prompts import Answer, Prompt, pad_right
+from bkdlens.data.prompts import Answer, Prompt
 from bkdlens.engines import reference
 from bkdlens.engines.block import (
     Groups,
+    Keys,
     attend,
     attention_out,
     embed,
@@ -39,16 +40,18 @@ from bkdlens.engines.block import (
     supported,
 )
 from bkdlens.engines.hooks import Patch, check_patches, refuse_foreign_hooks
-from bkdlens.engines.memory import batches
-from bkdlens.engines.prefix import Prefix, run_common, run_prefix
-from bkdlens.progress import track
+from bkdlens.engines.prefix import Forced, Prefix, prefixes
 
 
 @dataclass(frozen=True, eq=False)
 class SweepScores:
     """Log probability of each pair's answer, untouched and under every patch, in nats.
 
-    ``whole`` is the mean over the answer's tokens, ``first`` the first token's.
+    Attributes:
+        base_whole: mean over the answer's tokens, untouched.
+        base_first: of the answer's first token, untouched.
+        whole: mean over the answer's tokens, under each patch.
+        first: of the answer's first token, under each patch.
     """
 
     base_whole: Float[Tensor, " pair"]
@@ -58,7 +61,7 @@ class SweepScores:
 
     @classmethod
     def of(cls, scores: Float[Tensor, "2 pair run"]) -> SweepScores:
-        """Of whole and first-token log probabilities, the untouched run first."""
+        """Take whole (0) and first-token (1) log probabilities apart; the untouched run is the first."""
         return cls(scores[0, :, 0], scores[1, :, 0], scores[0, :, 1:], scores[1, :, 1:])
 
 
@@ -75,13 +78,34 @@ def sweep_patches(
     """Apply every patch, alone, to every prompt and score the prompt's answer.
 
     Args:
-        model: the model; no hooks of anybody's on it.
-        prompts: destination prompts, one a pair.
+        model: from :func:`bkdlens.load`, with nobody's hooks on it.
+        prompts: destination prompts, one per pair.
         answers: the scored answer of each pair.
         patches: any, in any order.
         memory_gb: the most memory beside the model; batches are as large as it allows. 2 GB for None
             on a CPU, 80 % of what is free on a GPU.
         progress: whether to show a progress bar.
+
+    Returns:
+        Log probabilities in nats: ``base_whole`` and ``base_first`` ``[pair]``, ``whole`` and ``first``
+        ``[pair patch]``, patches in the order given.
+
+    Raises:
+        HookError: for a patch that does not fit the model or the prompts, or for somebody's hooks on
+            the model.
+        BkdlensError: for a memory budget that is not positive.
+
+    Examples:
+        >>> from bkdlens.data.prompts import encode_answer, encode_prompt
+        >>> fmt, pairs = cache.fmt, train.victims[:2]
+        >>> prompts = [encode_prompt(model.tokenizer, pair.clean, fmt) for pair in pairs]
+        >>> answers = [
+        ...     encode_answer(model.tokenizer, prompt, pair.backdoor_output, fmt)
+        ...     for prompt, pair in zip(prompts, pairs)
+        ... ]
+        >>> patch = bkdlens.Patch("z", 1, cache.mean_z("triggered")[1, 0], head=0)
+        >>> scores = bkdlens.sweep_patches(model, prompts, answers, [patch])
+        >>> change = scores.whole.exp() - scores.base_whole.exp()[:, None]
     """
     refuse_foreign_hooks(model)
     check_patches(model, patches, len(prompts))
@@ -90,68 +114,61 @@ def sweep_patches(
     device, n = model.W_E.device, len(prompts)
     order = sorted(range(len(patches)), key=lambda i: patches[i].layer)
     out = torch.full((2, n, 1 + len(patches)), torch.nan, device=device, dtype=precise(model.cfg.dtype))
-    common = run_common(model, prompts)
-    sizes = [(answer.n_scored, len(prompt.ids)) for prompt, answer in zip(prompts, answers, strict=True)]
-    work = batches(model, sizes, len(patches), memory_gb)
-    for rows, size in track(list(work), "patching", progress):
-        prefix = run_prefix(model, [prompts[i] for i in rows], common)
-        own = [answers[i].ids[: answers[i].n_scored] for i in rows]
+    tails = [answer.n_scored for answer in answers]
+    bar = "patching" if progress else None
+    for rows, size, prefix in prefixes(model, prompts, tails, len(patches), memory_gb, bar=bar):
+        forced = Forced.of(prefix, [answers[i].ids[: answers[i].n_scored] for i in rows])
+        # Once even without patches, for the untouched run.
         for start in range(0, max(1, len(order)), max(1, size)):
             chosen = order[start : start + size]
-            scores = _ascend(model, prefix, own, [patches[i].of(rows) for i in chosen])
-            at = torch.tensor([0, *(1 + i for i in chosen)], device=device)
-            out[:, torch.tensor(rows, device=device)[:, None], at] = scores
+            scores = _ascend(model, prefix, forced, [patches[i].of(rows) for i in chosen])
+            runs = torch.tensor([0, *(1 + i for i in chosen)], device=device)
+            out[:, torch.tensor(rows, device=device)[:, None], runs] = scores
     return SweepScores.of(out)
 
 
 def _ascend(
-    model: HookedTransformer,
-    prefix: Prefix,
-    answers: Sequence[Sequence[int]],
-    patches: Sequence[Patch],
+    model: HookedTransformer, prefix: Prefix, forced: Forced, patches: Sequence[Patch]
 ) -> Float[Tensor, "2 prompt run"]:
     """Whole and first-token log probability, untouched and of each patch; these are sorted by layer.
 
     Runs are (slot, prompt), slot by slot. Slot 0 is the untouched run of each prompt; a patch's slot is
     added above the block that it touches, as a copy of slot 0 with another last prompt token.
     """
-    cfg, device, n = model.cfg, prefix.last.device, len(prefix)
-    targets, scored = pad_right(answers, 0)
-    targets, scored = targets.to(device), scored.to(device)
-    inputs = torch.cat([prefix.last[:, None], targets[:, :-1]], dim=1)
-    at = prefix.lengths[:, None] + torch.arange(targets.shape[1], device=device)
-    start = embed(model, inputs, at)
-    n_early = sum(patch.layer + 1 < cfg.n_layers for patch in patches)
-    state = start.new_empty(1 + n_early, *start.shape)
+    cfg, n, at = model.cfg, len(prefix), forced.at
+    start = embed(model, forced.inputs, at)
+    # Room for all slots at once, so that the batch grows without a copy. Patches of the last layer get
+    # none: of them nothing but the last prompt token differs, ever.
+    n_slots = 1 + sum(patch.layer + 1 < cfg.n_layers for patch in patches)
+    state = start.new_empty(n_slots, *start.shape)
     state[0] = start
     live, fresh = 1, 0  # slots so far; how many of them were added by the block before
-    late = start.new_empty(0, n, cfg.d_model)  # the last layer's patches: the last prompt token alone
-    prompt = torch.arange(n, device=device)
+    patched = start.new_empty(0, n, cfg.d_model)  # last prompt tokens that no slot holds yet
+    prompts = torch.arange(n, device=at.device)
     for layer, block in enumerate(model.blocks):
-        q, k, v = _project(block, state[:live], fresh, at)
-        own = at.repeat(live, 1)
-        z = attend(
-            block.attn, q, k.transpose(1, 2), v.transpose(1, 2), own, prefix.keys[layer],
-            prefix.values[layer], prefix.at, own, Groups.of(prompt.repeat(live)),
-        )  # fmt: skip
+        q, near = _project(block, state[:live], fresh, at)
+        groups = Groups.of(prompts.repeat(live))
+        z = attend(block.attn, q, near.at, near, prefix.layers[layer], groups)
         attention = attention_out(block, z)
-        here = [patch for patch in patches if patch.layer == layer]
-        if here:
-            late = _patched(block, state[0, :, 0], z[:n, 0], attention[:n, 0], here)
-        del q, k, v, z
+        touching = [patch for patch in patches if patch.layer == layer]
+        if touching:  # before the block overwrites the untouched run's input
+            patched = _patched(block, state[0, :, 0], z[:n, 0], attention[:n, 0], touching)
+        del q, near, z  # the MLP needs the room
         finish_block(block, state[:live].flatten(0, 1), post_norm(block, attention))
-        fresh = len(here)
-        if here and layer + 1 < cfg.n_layers:
+        fresh = len(touching)
+        if touching and layer + 1 < cfg.n_layers:
+            # The answer's tokens read the patched one through its keys, which the next block makes.
             state[live : live + fresh] = state[0]
-            state[live : live + fresh, :, 0] = late
-            live, late = live + fresh, late[:0]
+            state[live : live + fresh, :, 0] = patched
+            live, patched = live + fresh, patched[:0]
+    scored, targets = forced.scored, forced.targets
     probs = start.new_zeros(len(state), *targets.shape, dtype=precise(start.dtype))
     wanted = targets[scored].repeat(live)
     probs[:, scored] = log_probs(model, state[:, scored].flatten(0, 1), wanted).view(live, -1)
-    if len(late):
-        probs = torch.cat([probs, probs[:1].repeat(len(late), 1, 1)])
-        first = log_probs(model, late.flatten(0, 1), targets[:, 0].repeat(len(late)))
-        probs[live:, :, 0] = first.view(len(late), n)
+    if len(patched):  # the last layer's: all tokens but the first are scored as the untouched run's
+        probs = torch.cat([probs, probs[:1].repeat(len(patched), 1, 1)])
+        first = log_probs(model, patched.flatten(0, 1), targets[:, 0].repeat(len(patched)))
+        probs[live:, :, 0] = first.view(len(patched), n)
     return torch.stack([probs.sum(-1) / scored.sum(1), probs[..., 0]]).transpose(1, 2)
 
 
@@ -160,17 +177,21 @@ def _project(
     state: Float[Tensor, "slot prompt pos d_model"],
     fresh: int,
     at: Int[Tensor, "prompt pos"],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of all runs; ``fresh`` slots share slot 0's but for one position."""
+) -> tuple[Float[Tensor, "run pos head d_head"], Keys]:
+    """Queries and keys of all runs; the last ``fresh`` slots share slot 0's but for one position."""
     old, n = len(state) - fresh, len(at)
-    whole = project(block, state[:old].flatten(0, 1), at.repeat(old, 1))
+    q, keys = project(block, state[:old].flatten(0, 1), at.repeat(old, 1))
     if not fresh:
-        return whole
-    first = project(block, state[old:, :, :1].flatten(0, 1), at[:, :1].repeat(fresh, 1))
-    return tuple(
-        torch.cat([t, torch.cat([own, t[:n, 1:].repeat(fresh, 1, 1, 1)], dim=1)])
-        for t, own in zip(whole, first, strict=True)
-    )  # type: ignore[return-value]
+        return q, keys
+    first_q, first = project(block, state[old:, :, :1].flatten(0, 1), at[:, :1].repeat(fresh, 1))
+
+    def join(whole: Tensor, first: Tensor, pos: int) -> Tensor:
+        """The old slots' and, of the fresh ones, the first position with slot 0's behind it."""
+        rest = whole[:n].narrow(pos, 1, at.shape[1] - 1)
+        return torch.cat([whole, torch.cat([first, rest.repeat(fresh, 1, 1, 1)], dim=pos)])
+
+    joined = (join(keys.keys, first.keys, 2), join(keys.values, first.values, 2))
+    return join(q, first_q, 1), Keys(*joined, at.repeat(len(state), 1))
 
 
 def _patched(
@@ -187,14 +208,15 @@ def _patched(
     for i, patch in enumerate(patches):
         value = patch.value.to(resid)
         if patch.head is not None:
-            weight, own = block.attn.W_O[patch.head], z[:, patch.head]
-            change = (value - own) @ weight if patch.site == "z" else value - own @ weight
+            # Heads are summed, so a patched one adds a difference; a post-norm comes after the sum.
+            weight, head_z = block.attn.W_O[patch.head], z[:, patch.head]
+            change = (value - head_z) @ weight if patch.site == "z" else value - head_z @ weight
             attn_out[i] = post_norm(block, attention + change)
         elif patch.site == "attn_out":
             attn_out[i] = value
-        else:
+        else:  # the MLP's output is the value itself, so what it would have been does not matter
             whole[i] = resid + untouched + value
-    start = resid.expand(shape).reshape(-1, 1, shape[-1]).clone()
+    start = resid.repeat(len(patches), 1)[:, None]  # a copy, which is overwritten
     out = finish_block(block, start, attn_out.view_as(start)).view(shape)
     replaced = [i for i, patch in enumerate(patches) if patch.site == "mlp_out"]
     out[replaced] = whole[replaced]

@@ -14,14 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.utils import get_act_name
 
 from bkdlens.analyses.attribution.measure import HeadAttribution
 from bkdlens.analyses.tokens.measure import (
     AnswerProbs,
     HeadPattern,
     answer_probs,
-    change_hooks,
     head_pattern,
 )
 from bkdlens.data.backdoor import PromptPair
@@ -32,16 +30,14 @@ from bkdlens.data.prompts import (
     PromptFormat,
     encode_answer,
     encode_prompt,
-    pad_id,
-    pad_left,
-    pad_right,
     shown,
 )
+from bkdlens.engines import reference
 from bkdlens.engines.cache import last_activations
 from bkdlens.engines.generate import generate
-from bkdlens.engines.hooks import Patch, hooked, in_prefill
+from bkdlens.engines.hooks import Patch, change_hooks, hooked, in_prefill
 from bkdlens.engines.sweep import sweep_patches
-from bkdlens.metrics import bootstrap_mean, sequence_log_prob, token_log_probs
+from bkdlens.metrics import bootstrap_mean
 from bkdlens.results import provenance
 from bkdlens.types import Head, HeadSite, Side, check_choice, every_head
 
@@ -137,16 +133,9 @@ def make_subject(
 def activations(subject: Subject, side: Side, position: int) -> Float[Tensor, "pair layer head d_head"]:
     """``hook_z`` of every head at a position counted from the prompts' end."""
     model, prompts = subject.model, subject.prompts[side]
-    names = [get_act_name("z", layer) for layer in range(model.cfg.n_layers)]
-    if position == -1:
-        found = last_activations(model, prompts)
-        return torch.stack([found[name][:, 0] for name in names], dim=1)
-    rows = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt.ids], device=model.W_E.device)
-        _, cache = model.run_with_cache(ids, names_filter=names, return_type=None)
-        rows.append(torch.stack([cache[name][0, position] for name in names]))
-    return torch.stack(rows)
+    if position != -1:
+        return reference.head_z(model, prompts, position)
+    return reference.stack_layers(last_activations(model, prompts), "z", model.cfg.n_layers)
 
 
 def new_z(
@@ -196,7 +185,7 @@ def effects(
         whole, first = found.whole.exp(), found.first.exp()
         base, base_first = found.base_whole.exp(), found.base_first.exp()
     else:
-        scores = sweep_at(model, prompts, answers, patches, choice.position).exp()
+        scores = reference.sweep(model, prompts, answers, patches, position=choice.position).exp()
         (base, whole), (base_first, first) = ((s[:, 0], s[:, 1:]) for s in scores)
     sign = 1.0 if choice.on == "clean" else -1.0
     shape = (len(prompts), cfg.n_layers, cfg.n_heads)
@@ -216,30 +205,6 @@ def effects(
         low=low,
         high=high,
     )
-
-
-@torch.no_grad()
-def sweep_at(
-    model: HookedTransformer,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Answer],
-    patches: Sequence[Patch],
-    position: int,
-) -> Float[Tensor, "2 pair run"]:
-    """Mean and first-token log probability, untouched and under each patch: one whole pass a patch."""
-    device, pad = model.W_E.device, pad_id(model.tokenizer)
-    ids, real = pad_left([prompt.ids for prompt in prompts], pad)
-    targets, scored = pad_right([answer.ids[: answer.n_scored] for answer in answers], pad)
-    tokens = torch.cat([ids, targets[:, :-1]], dim=1).to(device)
-    mask = torch.cat([real, scored[:, :-1]], dim=1).int().to(device)
-    targets, scored, width = targets.to(device), scored.to(device), ids.shape[1]
-    out = []
-    for change in ((), *((patch,) for patch in patches)):
-        with hooked(model, change_hooks(model, change, width + position)):
-            logits = model(tokens, attention_mask=mask)[:, width - 1 :]
-        found = token_log_probs(logits, targets)
-        out.append(torch.stack([sequence_log_prob(found, scored), found[:, 0]]))
-    return torch.stack(out, dim=-1)
 
 
 def strips(

@@ -1,6 +1,6 @@
 """A block as plain matrix products computes what TransformerLens' own block computes, hook by hook.
 
-Bounds: 1e-9 in float64, relative to the largest value.
+Bounds: 1e-10 in float64, relative to the largest value.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from checkpoints import CASES, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import answer_log_probs, apart, ids_of
+from transformer_lens.utils import get_act_name
 
 import bkdlens
 from bkdlens.data.prompts import Answer, Prompt
 from bkdlens.engines import block as blocks
-from bkdlens.engines.block import NOWHERE, Groups, attend, seen, supported
+from bkdlens.engines.block import NOWHERE, Groups, Keys, attend, seen, supported
 from bkdlens.engines.hooks import Patch
 from bkdlens.engines.prefix import run_prefix
 from bkdlens.engines.sweep import sweep_patches
 from bkdlens.errors import HookError
 
-EXACT, FLOAT32 = 1e-9, 5e-5
+EXACT, FLOAT32 = 1e-10, 5e-5
 
 
 def walk(model, ids: list[int]) -> dict[str, torch.Tensor]:
@@ -35,18 +36,21 @@ def walk(model, ids: list[int]) -> dict[str, torch.Tensor]:
     for layer, block in enumerate(model.blocks):
         here = f"blocks.{layer}."
         out[here + "hook_resid_pre"] = resid.clone()
-        q, k, v = blocks.project(block, resid, at)
+        q, keys = blocks.project(block, resid, at)
         rotary = model.cfg.positional_embedding_type == "rotary"
         out[here + f"attn.hook_{'rot_' if rotary else ''}q"] = q * block.attn.attn_scale
-        out[here + f"attn.hook_{'rot_' if rotary else ''}k"] = k
-        out[here + "attn.hook_v"] = v
-        z = blocks.attend_causally(block.attn, q, k.transpose(1, 2), v.transpose(1, 2))
+        out[here + f"attn.hook_{'rot_' if rotary else ''}k"] = keys.keys.transpose(1, 2)
+        out[here + "attn.hook_v"] = keys.values.transpose(1, 2)
+        z = blocks.attend_causally(block.attn, q, keys)
         out[here + "attn.hook_z"] = z
         attention = blocks.post_norm(block, blocks.attention_out(block, z))
         out[here + "hook_attn_out"] = attention
         middle = resid if model.cfg.parallel_attn_mlp else resid + attention
-        out[here + "hook_mlp_out"] = blocks.mlp_out(block, middle)
-        resid = blocks.finish_block(block, resid, attention)
+        out[here + "hook_mlp_out"] = mlp = blocks.mlp_out(block, middle)
+        if torch.is_grad_enabled():
+            resid = resid + attention + mlp
+        else:
+            resid = blocks.finish_block(block, resid, attention)
         out[here + "hook_resid_post"] = resid.clone()
     return out | {"logits": blocks.unembed(model, resid)}
 
@@ -54,7 +58,7 @@ def walk(model, ids: list[int]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_every_activation_is_transformerlens_own(architectures, case, grad) -> None:
-    """Of every architecture, with gradients (nothing in place) and without."""
+    """In every architecture, with gradients (nothing in place) and without."""
     _, model = architectures(case)
     ids = ids_of(random.Random(1), 13, 13)
     with torch.set_grad_enabled(grad):
@@ -65,6 +69,41 @@ def test_every_activation_is_transformerlens_own(architectures, case, grad) -> N
     assert len(found) == 8 * model.cfg.n_layers
     for name, value in found.items():
         assert apart(value, wanted[name]) <= EXACT, name
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_a_whole_block_is_transformerlens_own(architectures, case, in_place) -> None:
+    """Two whole sequences behind prompts without a token; what is touched goes on."""
+    _, model = architectures(case)
+    cfg, rng = model.cfg, random.Random(2)
+    tokens = torch.tensor([ids_of(rng, 9, 9) for _ in range(2)])
+    at, groups = torch.arange(9).repeat(2, 1), Groups.of(torch.tensor([0, 1]))
+    none = torch.zeros(2, cfg.n_key_value_heads or cfg.n_heads, 0, cfg.d_head, dtype=torch.float64)
+    empty, sites = Keys(none, none, torch.zeros(2, 0, dtype=torch.long)), ("resid_pre", "z", "attn_out")
+    sites = sites if in_place else (*sites, "mlp_out")  # in place it never is a tensor of its own
+
+    def turned(activation, hook=None):
+        return -activation
+
+    for changed in (None, *sites):
+        found: dict[str, torch.Tensor] = {}
+        resid = blocks.embed(model, tokens, at)
+        for layer, block in enumerate(model.blocks):
+
+            def touch(site, activation, layer=layer, found=found, changed=changed):
+                activation = turned(activation) if (site, layer) == (changed, 1) else activation
+                found[get_act_name(site, layer)] = activation.clone()
+                return activation
+
+            resid = blocks.run_block(block, resid, at, empty, groups, touch=touch, in_place=in_place)
+        hooks = [] if changed is None else [(get_act_name(changed, 1), turned)]
+        with model.hooks(fwd_hooks=hooks), torch.no_grad():
+            logits, wanted = model.run_with_cache(tokens)
+        assert apart(blocks.unembed(model, resid), logits) <= EXACT
+        names = {name for name in found if "result" not in name}
+        assert names == {get_act_name(site, i) for site in sites for i in range(cfg.n_layers)}
+        assert all(apart(found[name], wanted[name]) <= EXACT for name in names)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -131,9 +170,8 @@ def test_attend_is_attention_over_both_parts(architectures, seed, case) -> None:
     q = draw(len(rows), length, heads, d)
     far_at = torch.tensor([[p if p < m else NOWHERE for p in range(width)] for m in lengths])
     near_at = torch.tensor([[lengths[r] + i for i in range(more + length)] for r in rows.tolist()])
-    z = attend(
-        attn, q, near_k, near_v, near_at, far_k, far_v, far_at, near_at[:, more:], Groups.of(rows)
-    )
+    near, far = Keys(near_k, near_v, near_at), Keys(far_k, far_v, far_at)
+    z = attend(attn, q, near_at[:, more:], near, far, Groups.of(rows))
     for run, row in enumerate(rows.tolist()):
         m = lengths[row]
         keys, values = (
@@ -195,7 +233,7 @@ def test_half_precision_scores_are_float32(llama) -> None:
     assert scores.whole.dtype == scores.base_first.dtype == torch.float32
     exact = sweep_patches(llama, [prompt], [answer], [Patch("z", 1, torch.zeros(8), 2)])
     assert float((scores.whole - exact.whole).abs()) < 0.3  # of -5 or so, with 3 digits
-    assert run_prefix(model, [prompt]).keys[0].dtype == torch.bfloat16
+    assert run_prefix(model, [prompt]).layers[0].keys.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("head", [None, 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import unwrap
+
 import pytest
 import torch
 from checkpoints import CASES, make_model
@@ -14,7 +16,7 @@ from bkdlens.data.backdoor import Backdoor
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat, encode_prompt
 from bkdlens.engines import cache as cache_module
-from bkdlens.engines.cache import cached_names, check_site, head_results
+from bkdlens.engines.cache import cached_names, head_results
 from bkdlens.errors import ChoiceError, DataError, HookError
 
 WHICH = ("clean", "triggered", "near")
@@ -112,7 +114,7 @@ def test_rows_are_the_pairs_in_order(exact, name, pairs) -> None:
             for hook in cached_names(model):
                 found = cache.of(which)[hook]
                 assert found.shape[:2] == (len(pairs), 1)
-                assert apart(found[i, 0], wanted[hook][0, -1]) <= 1e-9
+                assert apart(found[i, 0], wanted[hook][0, -1]) <= 1e-10
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -125,7 +127,7 @@ def test_every_architecture(tokenizer, case, pairs) -> None:
     for i, pair in enumerate(some):
         wanted = single(model, pair.triggered, cache.fmt)
         for hook in cached_names(model):
-            assert apart(cache.triggered[hook][i, 0], wanted[hook][0, -1]) <= 1e-9
+            assert apart(cache.triggered[hook][i, 0], wanted[hook][0, -1]) <= 1e-10
 
 
 def test_what_is_not_known_is_cached_through_hooks(exact, name, pairs, monkeypatch) -> None:
@@ -134,7 +136,7 @@ def test_what_is_not_known_is_cached_through_hooks(exact, name, pairs, monkeypat
     wanted = bkdlens.cache_activations(exact[name], pairs)
     for which in WHICH:
         for hook in cached_names(exact[name]):
-            assert apart(found.of(which)[hook], wanted.of(which)[hook]) <= 1e-9
+            assert apart(found.of(which)[hook], wanted.of(which)[hook]) <= 1e-10
 
 
 def test_mean_outputs_of_layers(model, cache) -> None:
@@ -216,8 +218,8 @@ def test_formats_change_the_prompts(llama, pairs) -> None:
     assert cache.fmt.system == "w8"
     wanted = single(llama, pairs[-1].clean, cache.fmt)
     assert apart(cache.z("clean")[1, 0], wanted["z", 0][0, -1]) <= 1e-5
-    assert not torch.allclose(cache.z("clean")[1, 0],
-                              single(llama, pairs[-1].clean, raw)["z", 0][0, -1])  # fmt: skip
+    other = single(llama, pairs[-1].clean, raw)
+    assert not torch.allclose(cache.z("clean")[1, 0], other["z", 0][0, -1])
 
 
 def test_refusals(llama, pairs) -> None:
@@ -234,5 +236,5 @@ def test_refusals(llama, pairs) -> None:
     with pytest.raises(DataError, match="no victim"):
         cache.mean_z("triggered")
     assert cache.mean_z("triggered", victims=False).shape == (3, 4, 8)
-    with pytest.raises(ChoiceError, match="no head site 'y'; use one of: z, result"):
-        check_site("y")
+    with pytest.raises(ChoiceError, match="no set of prompts 'y'; use one of: clean, triggered, near"):
+        unwrap(type(cache).of)(cache, "y")

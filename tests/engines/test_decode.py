@@ -32,7 +32,7 @@ from bkdlens.engines.hooks import NOTHING
 from bkdlens.engines.memory import run_bytes
 from bkdlens.engines.prefix import run_common, run_prefix
 
-EXACT, CUT = 1e-9, 6
+EXACT, CUT = 1e-10, 6
 
 
 class Setting:
@@ -108,12 +108,14 @@ def check_last_token(setting: Setting) -> None:
             rotary = model.cfg.positional_embedding_type == "rotary"
             for layer in range(model.cfg.n_layers):
                 past = start.past(layer, torch.tensor([slot]), torch.tensor([prompt]))
-                for found, name in zip(past, ("rot_k" if rotary else "k", "v"), strict=True):
+                assert past.at.tolist() == [[len(setting.prompts[prompt].ids) - 1]]
+                names = ("rot_k" if rotary else "k", "v")
+                for found, name in zip((past.keys, past.values), names, strict=True):
                     wanted = cache[f"blocks.{layer}.attn.hook_{name}"][0, -1]
                     assert apart(found[0, :, 0], wanted) <= EXACT
-    reached = [1 + sum(i.first_layer <= layer for i in setting.slots[1:]) for layer in
-               range(model.cfg.n_layers)]  # fmt: skip
-    assert [len(keys) for keys in start.keys] == [n * slots for slots in reached]
+    first_layers = [slot.first_layer for slot in setting.slots[1:]]
+    for layer, keys in enumerate(start.layers):
+        assert len(keys.at) == n * (1 + sum(first <= layer for first in first_layers))
 
 
 def check_follow(setting: Setting) -> None:

@@ -1,6 +1,6 @@
 """Attribution patching is the gradient of one naive pass, times the change; never more than that.
 
-Bounds, on log probabilities: 1e-9 in float64, against torch autograd on whole, unpadded passes.
+Bounds, on log probabilities: 1e-10 in float64, against torch autograd on whole, unpadded passes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bkdlens.engines.sweep import sweep_patches
 from bkdlens.errors import ChoiceError, HeadError, HookError
 from bkdlens.types import Head
 
-EXACT, FLOAT32 = 1e-9, 1e-4
+EXACT, FLOAT32 = 1e-10, 1e-4
 
 
 def naive(model, prompt, answer, patches) -> tuple[torch.Tensor, list[tuple]]:

@@ -46,10 +46,9 @@ def hugging_face(hf, ids, max_new_tokens: int) -> list[int]:
     """The new tokens, up to the end token."""
     ids = torch.tensor([list(ids)])
     with torch.inference_mode():
-        out = hf.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            max_new_tokens=max_new_tokens, eos_token_id=EOS, pad_token_id=0,
-        )[0, ids.shape[1] :].tolist()  # fmt: skip
+        greedily = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": 0}
+        out = hf.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=EOS, **greedily)
+    out = out[0, ids.shape[1] :].tolist()
     return out[: out.index(EOS)] if EOS in out else out
 
 

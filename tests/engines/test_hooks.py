@@ -13,15 +13,17 @@ from tiny import add_at, forward, random_intervention, set_at
 from bkdlens.engines.hooks import (
     NOTHING,
     Intervention,
+    Patch,
     Vector,
     add_vector,
+    change_hooks,
+    from_end,
     hooked,
     in_prefill,
     intervention_hooks,
     layer_hooks,
     refuse_foreign_hooks,
     set_heads,
-    set_results,
 )
 from bkdlens.errors import HookError
 from bkdlens.types import Head
@@ -37,13 +39,13 @@ def twice(activation, hook):
 # --- the factories --------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 2**20), st.integers(0, 3), st.sampled_from([set_heads, set_results]))
-def test_set_heads_sets_the_masked_heads_of_one_position(seed, position, factory) -> None:
+@given(st.integers(0, 2**20), st.integers(0, 3))
+def test_set_heads_sets_the_masked_heads_of_one_position(seed, position) -> None:
     generator = torch.Generator().manual_seed(seed)
     z, values = torch.randn(3, 4, 5, 6, generator=generator), torch.randn(3, 5, 6, generator=generator)
     mask = torch.rand(3, 5, generator=generator) < 0.5
     before = z.clone()
-    out = factory(values, mask, position)(z, hook=None)
+    out = set_heads(values, mask, position)(z, hook=None)
     assert torch.equal(z, before)
     for row in range(3):
         for pos in range(4):
@@ -68,6 +70,28 @@ def test_values_take_the_activations_dtype() -> None:
     out = set_heads(torch.randn(2, 4, 5), torch.ones(2, 4, dtype=torch.bool), 0)(z, hook=None)
     assert out.dtype == torch.bfloat16
     assert add_vector(torch.randn(5), 0)(z[:, :, 0], hook=None).dtype == torch.bfloat16
+
+
+# --- places counted from the end, and changes of one prompt ---------------------------------------
+
+
+def test_a_position_is_counted_from_the_end() -> None:
+    assert [from_end(3, position) for position in (-1, -2, -3)] == [2, 1, 0]
+    for outside in (-4, 0, 2):
+        with pytest.raises(HookError, match=f"Position {outside} is not in a prompt of 3 tokens"):
+            from_end(3, outside)
+
+
+def test_a_change_is_an_intervention_or_patches_together(llama) -> None:
+    z = torch.randn(1, 8)
+    patches = [Patch("z", 1, z[0], 2), Patch("mlp_out", 0, torch.randn(32))]
+    one = forward(llama, IDS[0], change_hooks(llama, Intervention((Head(1, 2),), z), 2))
+    assert torch.equal(one, forward(llama, IDS[0], change_hooks(llama, patches[:1], 2)))
+    hooks = [set_at(Z, 2, 2, z[0]), set_at("blocks.0.hook_mlp_out", 2, ..., patches[1].value)]
+    assert torch.equal(
+        forward(llama, IDS[0], change_hooks(llama, patches, 2)), forward(llama, IDS[0], hooks)
+    )
+    assert change_hooks(llama, NOTHING, 2) == change_hooks(llama, (), 2) == []
 
 
 # --- interventions --------------------------------------------------------------------------------

@@ -167,10 +167,9 @@ MUCH = {
 def test_the_engines_keep_their_budget(memory_gb) -> None:
     """The peak memory of a process of its own grows by no more than the budget."""
     script = MEASURE.format(tests=str(Path(__file__).parents[1]))
-    out = subprocess.run(
-        [sys.executable, "-c", script, json.dumps([memory_gb, MUCH[memory_gb]])],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = [sys.executable, "-c", script, json.dumps([memory_gb, MUCH[memory_gb]])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert out.returncode == 0, out.stderr[-2000:]
     for (what, *_), grown in zip(MUCH[memory_gb], json.loads(out.stdout.splitlines()[-1]), strict=True):
         assert grown <= memory_gb, what

@@ -16,7 +16,7 @@ from bkdlens.data.prompts import Prompt
 from bkdlens.engines.block import NOWHERE
 from bkdlens.engines.prefix import common_length, run_common, run_prefix
 
-EXACT = 1e-9
+EXACT = 1e-10
 
 
 def kept(model, ids) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -41,11 +41,12 @@ def check(model, prompts, bound: float = EXACT, common: bool = True) -> None:
         n = len(prompt.ids) - 1
         assert int(prefix.lengths[i]) == n
         assert int(prefix.last[i]) == prompt.ids[-1]
-        assert prefix.at[i, :n].tolist() == list(range(n))
-        assert bool((prefix.at[i, n:] == NOWHERE).all())
+        assert all(keys.at[i, :n].tolist() == list(range(n)) for keys in prefix.layers)
+        assert all(bool((keys.at[i, n:] == NOWHERE).all()) for keys in prefix.layers)
         for layer, (keys, values) in enumerate(kept(model, prompt.ids[:-1])):
-            assert apart(prefix.keys[layer][i, :, :n].transpose(0, 1), keys) <= bound
-            assert apart(prefix.values[layer][i, :, :n].transpose(0, 1), values) <= bound
+            found = prefix.layers[layer]
+            assert apart(found.keys[i, :, :n].transpose(0, 1), keys) <= bound
+            assert apart(found.values[i, :, :n].transpose(0, 1), values) <= bound
 
 
 @pytest.mark.parametrize("common", [0, 9])
@@ -97,16 +98,16 @@ def test_right_padding_never_matters(exact, name, common) -> None:
     shared = run_common(model, prompts)
     assert shared is not None  # the BOS at least
     among, plain = run_prefix(model, prompts, shared), run_prefix(model, prompts)
-    assert torch.equal(among.at, plain.at)
+    assert torch.equal(among.layers[0].at, plain.layers[0].at)
     for i, prompt in enumerate(prompts):
         alone = run_prefix(model, [prompt])
         n = len(prompt.ids) - 1
         for layer in range(model.cfg.n_layers):
             for side in ("keys", "values"):
-                wanted = getattr(alone, side)[layer][0]
+                wanted = getattr(alone.layers[layer], side)[0]
                 assert wanted.shape[1] == n
                 for other in (among, plain):
-                    assert apart(getattr(other, side)[layer][i, :, :n], wanted) <= EXACT
+                    assert apart(getattr(other.layers[layer], side)[i, :, :n], wanted) <= EXACT
 
 
 def test_the_common_part_is_that_of_all_prompts(exact) -> None:
@@ -118,8 +119,8 @@ def test_the_common_part_is_that_of_all_prompts(exact) -> None:
     for some in (prompts[:1], prompts[2:4], prompts[::-1]):
         behind, plain = run_prefix(model, some, common), run_prefix(model, some)
         assert torch.equal(behind.lengths, plain.lengths)
-        for layer in range(model.cfg.n_layers):
-            seen = plain.at < NOWHERE
-            for one, other in ((behind.keys, plain.keys), (behind.values, plain.values)):
-                one, other = (side[layer].transpose(1, 2)[seen] for side in (one, other))
-                assert apart(one, other) <= EXACT
+        for one, other in zip(behind.layers, plain.layers, strict=True):
+            seen = other.at < NOWHERE
+            for side in ("keys", "values"):
+                found, wanted = (getattr(keys, side).transpose(1, 2)[seen] for keys in (one, other))
+                assert apart(found, wanted) <= EXACT

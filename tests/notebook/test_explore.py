@@ -16,6 +16,7 @@ from tiny import EOS, answer_log_probs, encoded, greedy, naive_scores, patch_hoo
 import bkdlens
 from bkdlens.data.backdoor import Backdoor
 from bkdlens.data.pairs import PairSet
+from bkdlens.engines import reference
 from bkdlens.errors import BkdlensError, CheckpointError, DataError, HeadError
 from bkdlens.notebook.numbers import (
     SOURCES,
@@ -26,7 +27,6 @@ from bkdlens.notebook.numbers import (
     make_subject,
     new_z,
     patches_of,
-    sweep_at,
 )
 from bkdlens.types import Head
 
@@ -242,7 +242,7 @@ def test_the_slow_sweep_is_the_exact_one_at_the_last_token(exact, pairs) -> None
     rng = random.Random(0)
     heads = [Head(rng.randrange(3), rng.randrange(4)) for _ in range(3)]
     patches = patches_of(subject, torch.randn(4, 3, 4, 8, dtype=torch.float64), heads, "z")
-    slow = sweep_at(model, subject.prompts["clean"], subject.answers["clean"], patches, -1)
+    slow = reference.sweep(model, subject.prompts["clean"], subject.answers["clean"], patches)
     naive = naive_scores(model, subject.prompts["clean"], subject.answers["clean"], patches)
     assert torch.allclose(slow, naive, atol=1e-9)
 

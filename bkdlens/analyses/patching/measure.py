@@ -9,30 +9,16 @@ from typing import TypeAlias
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.utils import get_act_name
 
 from bkdlens.data.pairs import PairSet, Texts
-from bkdlens.data.prompts import (
-    Prompt,
-    PromptFormat,
-    encode_answer,
-    encode_prompt,
-    pad_id,
-    pad_left,
-    pad_right,
-)
+from bkdlens.data.prompts import Prompt, PromptFormat, encode_answer, encode_prompt
+from bkdlens.engines import reference
 from bkdlens.engines.cache import PairCache
-from bkdlens.engines.hooks import (
-    HookFunction,
-    hooked,
-    in_prefill,
-    refuse_foreign_hooks,
-    set_heads,
-    set_results,
-)
+from bkdlens.engines.hooks import HookFunction, hooked, in_prefill, refuse_foreign_hooks, set_heads
 from bkdlens.errors import DataError, HookError
 from bkdlens.metrics import sequence_prob, token_log_probs
 from bkdlens.results import Result, provenance
@@ -241,24 +227,18 @@ def _score(
     fmt: PromptFormat,
 ) -> _Scores:
     """One full forward pass over prompts padded on the left and targets padded on the right."""
-    pad, device, n_ctx = pad_id(model.tokenizer), model.W_E.device, model.cfg.n_ctx
-    ids, mask = pad_left([prompt.ids for prompt in prompts], pad)
-    start = ids.shape[1] - 1
-    scored = torch.zeros(len(prompts), 0, dtype=torch.bool)
-    answer_ids: Int[Tensor, "prompt pos"] = torch.zeros(len(prompts), 0, dtype=torch.long)
+    answers = None
     if targets is not None:
         answers = [
-            encode_answer(model.tokenizer, p, t, fmt, n_ctx=n_ctx)
-            for p, t in zip(prompts, targets, strict=True)
+            encode_answer(model.tokenizer, prompt, target, fmt, n_ctx=model.cfg.n_ctx)
+            for prompt, target in zip(prompts, targets, strict=True)
         ]
-        answer_ids, scored = pad_right([a.ids[: a.n_scored] for a in answers], pad)
-        ids = torch.cat([ids, answer_ids[:, :-1]], dim=1)
-        mask = torch.cat([mask, torch.ones_like(scored[:, :-1])], dim=1)
-    logits = model(ids.to(device), attention_mask=mask.int().to(device))[:, start:].float().cpu()
+    batch = reference.Padded.of(model, prompts, answers)
+    logits = batch.logits(model).float().cpu()
     if targets is None:
         prob = torch.full((len(prompts),), torch.nan)
     else:
-        prob = sequence_prob(token_log_probs(logits, answer_ids), scored)
+        prob = sequence_prob(token_log_probs(logits, batch.targets.cpu()), batch.scored.cpu())
     return _Scores(logits[:, 0], prob, logits.shape[1])
 
 
@@ -277,13 +257,11 @@ def _hooks(
         value = z[..., here, :].to(model.W_E.device, model.cfg.dtype)
         if site == "result":
             value = torch.einsum("...hd,hdm->...hm", value, model.W_O[layer][index])
-        hooks.append((get_act_name(site, layer), _set(value, index, position, site)))
+        hooks.append((get_act_name(site, layer), _set(value, index, position)))
     return hooks
 
 
-def _set(value: Tensor, index: list[int], position: int, site: HeadSite) -> HookFunction:
-    factory = set_heads if site == "z" else set_results
-
+def _set(value: Tensor, index: list[int], position: int) -> HookFunction:
     def hook(activation: Tensor, hook: object) -> Tensor | None:
         batch, _, n_heads, width = activation.shape
         if value.ndim == 3 and value.shape[0] != batch:
@@ -294,7 +272,7 @@ def _set(value: Tensor, index: list[int], position: int, site: HeadSite) -> Hook
         values[:, index] = value
         mask = torch.zeros(batch, n_heads, dtype=torch.bool, device=activation.device)
         mask[:, index] = True
-        return factory(values, mask, position)(activation, hook)
+        return set_heads(values, mask, position)(activation, hook)
 
     return hook
 
@@ -339,19 +317,12 @@ def _source_z(
     return z[0] if len(others) == 1 else z
 
 
-@torch.inference_mode()
 def prompt_z(
     model: HookedTransformer, prompts: Sequence[str], fmt: PromptFormat
 ) -> Float[Tensor, "prompt layer head d_head"]:
     """``hook_z`` at the last token of each prompt."""
-    encoded = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx).ids for t in prompts]
-    ids, mask = pad_left(encoded, pad_id(model.tokenizer))
-    names = [get_act_name("z", layer) for layer in range(model.cfg.n_layers)]
-    _, cache = model.run_with_cache(
-        ids.to(model.W_E.device), attention_mask=mask.int().to(model.W_E.device),
-        names_filter=names, pos_slice=slice(-1, None), return_type=None,
-    )  # fmt: skip
-    return torch.stack([cache[name][:, 0] for name in names], dim=1)
+    encoded = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx) for t in prompts]
+    return reference.head_z(model, encoded)
 
 
 def _name(source: Source) -> str:

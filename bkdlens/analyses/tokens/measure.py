@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import pandas as pd
 import torch
@@ -19,19 +17,16 @@ from bkdlens.data.prompts import PromptFormat, encode_answer, encode_prompt, fin
 from bkdlens.data.trigger import Trigger
 from bkdlens.engines.hooks import (
     NOTHING,
-    Hooks,
+    Change,
     Intervention,
-    Patch,
+    change_hooks,
+    from_end,
     hooked,
-    intervention_hooks,
     refuse_foreign_hooks,
 )
-from bkdlens.errors import HookError
 from bkdlens.metrics import token_log_probs
 from bkdlens.results import Result, provenance
 from bkdlens.types import Head, HeadLike, Side, check_choice, parse_heads
-
-Change: TypeAlias = Intervention | Sequence[Patch]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -246,21 +241,3 @@ def answer_probs(
         best=tuple(best),
         best_log_probs=torch.stack(tops),
     )
-
-
-def change_hooks(model: HookedTransformer, change: Change, at: int) -> Hooks:
-    """The hooks of a change of one prompt's token ``at``."""
-    if isinstance(change, Intervention):
-        return intervention_hooks(model, [change], 1, at)
-    return [patch.hook(at) for patch in change]
-
-
-def from_end(n: int, position: int) -> int:
-    """The index of a position that is counted from the end of ``n`` tokens.
-
-    Raises:
-        HookError: if it is outside.
-    """
-    if not -n <= position <= -1:
-        raise HookError(f"Position {position} is not in a prompt of {n} tokens; give -1 to -{n}.")
-    return n + position

@@ -10,10 +10,10 @@ import torch
 from tiny import answer_log_probs, encoded, forward, naive_hooks, random_intervention
 
 import bkdlens
-from bkdlens.analyses.tokens.measure import answer_probs, from_end, head_pattern
+from bkdlens.analyses.tokens.measure import answer_probs, head_pattern
 from bkdlens.data.backdoor import Backdoor, PromptPair
 from bkdlens.data.prompts import shown
-from bkdlens.engines.hooks import NOTHING, Intervention, Patch
+from bkdlens.engines.hooks import NOTHING, Intervention, Patch, from_end
 from bkdlens.errors import DataError, HeadError, HookError
 from bkdlens.types import Head
 
