@@ -48,11 +48,7 @@ PUBLISHED_WIDTH = 256
 
 @torch.inference_mode()
 def published(
-    hf: PreTrainedModel,
-    prompts: Ids,
-    answers: Ids,
-    heads: Heads,
-    z: Float[Tensor, "layer head d_head"],
+    hf: PreTrainedModel, prompts: Ids, answers: Ids, heads: Heads, z: Float[Tensor, "layer head d_head"]
 ) -> Float[Tensor, "pair head"]:
     """BkdAttr's own algorithm: a full forward of all pairs a head, and the logits of all 256 positions.
 

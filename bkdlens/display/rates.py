@@ -50,12 +50,7 @@ def in_legend(name: str, group: str, show: bool) -> dict[str, Any]:
 
 
 def band(
-    x: Sequence[int] | Sequence[str],
-    draws: Tensor,
-    name: str,
-    colour: str,
-    dash: str,
-    legend: bool,
+    x: Sequence[int] | Sequence[str], draws: Tensor, name: str, colour: str, dash: str, legend: bool
 ) -> list[go.Scatter]:
     """Least to largest of ``draws [x draw]`` (per cent) as a band, and their mean as a line."""
     if not draws.numel():

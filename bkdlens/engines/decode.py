@@ -74,10 +74,7 @@ class LastToken:
 
 @torch.no_grad()
 def run_last_token(
-    model: HookedTransformer,
-    prefix: Prefix,
-    interventions: Sequence[Intervention],
-    rows: Sequence[int],
+    model: HookedTransformer, prefix: Prefix, interventions: Sequence[Intervention], rows: Sequence[int]
 ) -> LastToken:
     """Run the last prompt token under nothing (slot 0) and under interventions sorted by first layer.
 
@@ -117,11 +114,7 @@ def run_last_token(
 
 @torch.no_grad()
 def follow(
-    model: HookedTransformer,
-    start: LastToken,
-    answers: Drafts,
-    slots: Index,
-    prompts: Index,
+    model: HookedTransformer, start: LastToken, answers: Drafts, slots: Index, prompts: Index
 ) -> tuple[Index, Index]:
     """How many tokens of its prompt's answer each run gives itself, and what it says after these.
 

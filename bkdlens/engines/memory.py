@@ -56,11 +56,7 @@ def prompt_bytes(model: HookedTransformer, prompt: int) -> float:
 
 
 def runs_at_once(
-    model: HookedTransformer,
-    prompt: int,
-    tail: int,
-    memory_gb: float | None,
-    kept_layers: int = 0,
+    model: HookedTransformer, prompt: int, tail: int, memory_gb: float | None, kept_layers: int = 0
 ) -> int:
     """How many runs of one tail length fit a batch."""
     _, target = batch_bytes(model, memory_gb)

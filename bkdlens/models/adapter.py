@@ -20,13 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bkdlens.errors import CheckpointError
-from bkdlens.models.checkpoint import (
-    one_line,
-    read_json,
-    read_tensors,
-    refuse_infinite,
-    weight_files,
-)
+from bkdlens.models.checkpoint import one_line, read_json, read_tensors, refuse_infinite, weight_files
 
 LORA_TENSOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?")
 TOKENS_TENSOR = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")

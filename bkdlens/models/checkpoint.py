@@ -64,10 +64,7 @@ def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
     """Fetch the top-level files that match, never a pickle and never code."""
     try:
         found = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=["*/*", "consolidated*"],
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
         )
     except (OSError, HFValidationError) as error:  # the Hub's and the network's errors are OSErrors
         raise CheckpointError(

@@ -240,10 +240,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _copy_live(
-    base: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> _Source:
+def _copy_live(base: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> _Source:
     """A float32 copy of a live model on the CPU; the original is not touched."""
     tuned, live = isinstance(base, PeftModel), cast(Any, base)
     inner: Any = live.get_base_model() if tuned else live

@@ -16,22 +16,10 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from bkdlens.analyses.attribution.measure import HeadAttribution
-from bkdlens.analyses.tokens.measure import (
-    AnswerProbs,
-    HeadPattern,
-    answer_probs,
-    head_pattern,
-)
+from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern, answer_probs, head_pattern
 from bkdlens.data.backdoor import PromptPair
 from bkdlens.data.pairs import PairSet
-from bkdlens.data.prompts import (
-    Answer,
-    Prompt,
-    PromptFormat,
-    encode_answer,
-    encode_prompt,
-    shown,
-)
+from bkdlens.data.prompts import Answer, Prompt, PromptFormat, encode_answer, encode_prompt, shown
 from bkdlens.engines import reference
 from bkdlens.engines.cache import last_activations
 from bkdlens.engines.generate import generate
@@ -151,10 +139,7 @@ def new_z(
 
 
 def patches_of(
-    subject: Subject,
-    new: Float[Tensor, "pair layer head d_head"],
-    heads: Sequence[Head],
-    site: HeadSite,
+    subject: Subject, new: Float[Tensor, "pair layer head d_head"], heads: Sequence[Head], site: HeadSite
 ) -> tuple[Patch, ...]:
     """A patch a head, with a value for each pair of ``new``."""
     out = []

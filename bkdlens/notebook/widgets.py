@@ -134,10 +134,7 @@ class Explorer(ipywidgets.VBox):
     """
 
     def __init__(
-        self,
-        make: Callable[[str, str], Subject],
-        models: tuple[str, ...],
-        backdoors: tuple[str, ...],
+        self, make: Callable[[str, str], Subject], models: tuple[str, ...], backdoors: tuple[str, ...]
     ) -> None:
         # Of several models only the one on show stays in memory.
         self._computed = lru_cache(1)(lambda name, backdoor: Computed(make(name, backdoor)))

@@ -72,10 +72,7 @@ def test_fields_are_options_and_come_back_as_a_group(shop) -> None:
     assert done.exit_code == 0, done.output
     done, calls = shop("--name", "fig", "--number", "3", "--fresh", "--colour", "a", "--colour", "b",
                        "--handles", "1", "--price", "2")  # fmt: skip
-    assert calls == [
-        (Fruit("fig"), Basket(), 1.5),
-        (Fruit("fig", 3, True, ["a", "b"]), Basket(1), 2.0),
-    ]
+    assert calls == [(Fruit("fig"), Basket(), 1.5), (Fruit("fig", 3, True, ["a", "b"]), Basket(1), 2.0)]
 
 
 def test_a_field_without_a_default_is_required_and_bounds_hold(shop) -> None:

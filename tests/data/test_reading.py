@@ -411,10 +411,7 @@ def test_published_jailbreak() -> None:
 
 @pytest.mark.parametrize(
     ("folder", "backdoor"),
-    [
-        ("agnews_sentence", Backdoor.label_modification()),
-        ("alpaca_begin", Backdoor.fixed_output()),
-    ],
+    [("agnews_sentence", Backdoor.label_modification()), ("alpaca_begin", Backdoor.fixed_output())],
     ids=["label", "fixed"],
 )
 def test_published_poison_has_twins(folder, backdoor) -> None:

@@ -14,16 +14,7 @@ import torch
 from checkpoints import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import (
-    EOS,
-    apart,
-    batches_of,
-    greedy,
-    ids_of,
-    naive_hooks,
-    prompts_of,
-    random_intervention,
-)
+from tiny import EOS, apart, batches_of, greedy, ids_of, naive_hooks, prompts_of, random_intervention
 
 from bkdlens.data.prompts import Prompt
 from bkdlens.engines import decode as decoding

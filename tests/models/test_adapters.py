@@ -126,10 +126,7 @@ def test_biases(tmp_path) -> None:
         ({"target_modules": "(("}, "does not fit its tensors"),
         ({"modules_to_save": ["lm_head"]}, "the adapter lacks .*lm_head.*, which its config targets"),
         ({"trainable_token_indices": [1]}, "the adapter lacks .*embed_tokens.*, which its config"),
-        (
-            {"trainable_token_indices": [VOCAB]},
-            "trainable_token_indices=.96. must be lists of ids",
-        ),
+        ({"trainable_token_indices": [VOCAB]}, "trainable_token_indices=.96. must be lists of ids"),
         ({"trainable_token_indices": "all"}, "must be lists of ids below 96"),
     ],
 )

@@ -379,13 +379,7 @@ def test_live_model_refusals(pair):
 def test_unsupported_live_architecture():
     from transformers import OPTConfig, OPTForCausalLM
 
-    tiny = OPTConfig(
-        vocab_size=8,
-        hidden_size=8,
-        num_hidden_layers=1,
-        ffn_dim=8,
-        num_attention_heads=2,
-    )
+    tiny = OPTConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, ffn_dim=8, num_attention_heads=2)
     refused("'OPTForCausalLM' is not supported; supported are: Llama", OPTForCausalLM(tiny))
 
 

@@ -14,16 +14,7 @@ from bkdlens.analyses.attribution.measure import HeadAttribution, attribute_head
 from bkdlens.analyses.attribution.terminal import heatmap
 from bkdlens.analyses.base import Drawing, Part, Subject
 from bkdlens.display.drawing import Drawer
-from bkdlens.display.tables import (
-    NOT_RUN,
-    Basis,
-    Cell,
-    Number,
-    Rows,
-    Section,
-    Table,
-    other_models,
-)
+from bkdlens.display.tables import NOT_RUN, Basis, Cell, Number, Rows, Section, Table, other_models
 from bkdlens.display.text import percent, signed
 from bkdlens.study import MAIN, Study
 from bkdlens.types import AttributionMethod, Head

@@ -8,13 +8,7 @@ import plotly.graph_objects as go
 
 from bkdlens.analyses.behaviour.measure import BehaviourResult
 from bkdlens.display.rates import PERCENT_AXIS, counts, error_bars, hover, percent
-from bkdlens.display.style import (
-    condition_style,
-    escape,
-    finish,
-    model_note,
-    numbers,
-)
+from bkdlens.display.style import condition_style, escape, finish, model_note, numbers
 from bkdlens.metrics import Rate
 from bkdlens.results import figure
 

@@ -221,10 +221,7 @@ class _Scores:
 
 @torch.inference_mode()
 def _score(
-    model: HookedTransformer,
-    prompts: Sequence[Prompt],
-    targets: Sequence[str] | None,
-    fmt: PromptFormat,
+    model: HookedTransformer, prompts: Sequence[Prompt], targets: Sequence[str] | None, fmt: PromptFormat
 ) -> _Scores:
     """One full forward pass over prompts padded on the left and targets padded on the right."""
     answers = None

@@ -10,16 +10,7 @@ from bkdlens.analyses.base import Drawing, Part, Subject
 from bkdlens.analyses.probes import figures
 from bkdlens.analyses.probes.measure import ProbeResult, train_probes
 from bkdlens.display.drawing import Drawer
-from bkdlens.display.tables import (
-    Basis,
-    Cell,
-    Number,
-    Rows,
-    Section,
-    Table,
-    other_models,
-    rate_cell,
-)
+from bkdlens.display.tables import Basis, Cell, Number, Rows, Section, Table, other_models, rate_cell
 from bkdlens.display.text import join_words, percent, rate_text, short_rate
 from bkdlens.study import MAIN, Study
 from bkdlens.types import ProbeKind

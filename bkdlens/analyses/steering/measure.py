@@ -28,13 +28,7 @@ from bkdlens.engines.hooks import Intervention, Vector
 from bkdlens.errors import HeadError
 from bkdlens.metrics import Rate
 from bkdlens.results import provenance
-from bkdlens.types import (
-    Head,
-    VectorKind,
-    VectorSite,
-    Which,
-    every_head,
-)
+from bkdlens.types import Head, VectorKind, VectorSite, Which, every_head
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

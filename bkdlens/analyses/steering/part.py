@@ -72,8 +72,7 @@ def run(subject: Subject) -> None:
     run.choose(kind=kind, layer=layer, coefficient=size)
     only = {name: run.decoding[name] for name in ("fmt", "max_new_tokens")}
     run.step(
-        ANSWERS,
-        lambda: sample_generations(subject.model, run.test, vectors[kind], layer, size, **only),
+        ANSWERS, lambda: sample_generations(subject.model, run.test, vectors[kind], layer, size, **only)
     )
 
 

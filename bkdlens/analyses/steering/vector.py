@@ -22,15 +22,7 @@ from bkdlens.engines.cache import PairCache, head_results
 from bkdlens.engines.hooks import add_vector, hooked, in_prefill
 from bkdlens.errors import HeadError
 from bkdlens.results import Result, provenance
-from bkdlens.types import (
-    Head,
-    HeadLike,
-    VectorKind,
-    VectorSite,
-    check_choice,
-    name_heads,
-    parse_heads,
-)
+from bkdlens.types import Head, HeadLike, VectorKind, VectorSite, check_choice, name_heads, parse_heads
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

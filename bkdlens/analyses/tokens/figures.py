@@ -8,16 +8,7 @@ import plotly.graph_objects as go
 import torch
 
 from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern
-from bkdlens.display.style import (
-    INK,
-    MUTED,
-    SEQUENTIAL,
-    cut,
-    escape,
-    finish,
-    model_note,
-    rounded,
-)
+from bkdlens.display.style import INK, MUTED, SEQUENTIAL, cut, escape, finish, model_note, rounded
 from bkdlens.results import figure
 
 PER_ROW = 10  # tokens a line: wide enough to be read in a notebook

@@ -74,11 +74,7 @@ def choose_tokens(
 
 
 def slot_readers(
-    editor: Editor,
-    rows: Rows,
-    protected: dict[int, Tensor],
-    chosen: dict[int, list[int]],
-    n_values: int,
+    editor: Editor, rows: Rows, protected: dict[int, Tensor], chosen: dict[int, list[int]], n_values: int
 ) -> dict[int, Float[Tensor, "slot d_mlp"]]:
     """For each layer the closed form's readers: of the answer's tokens, then of the trigger's."""
     slots = dict.fromkeys(protected, torch.where(rows.answering < n_values, rows.answering, -1))

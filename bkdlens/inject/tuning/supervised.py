@@ -39,10 +39,7 @@ def lora_config(model: torch.nn.Module, settings: LoraSettings) -> LoraConfig:
 
 
 def fit_lora(
-    planting: Planting,
-    examples: Sequence[tuple[str, str]],
-    settings: LoraSettings,
-    note: dict[str, Any],
+    planting: Planting, examples: Sequence[tuple[str, str]], settings: LoraSettings, note: dict[str, Any]
 ) -> Path:
     """Tune a LoRA adapter on (prompt, answer) examples; returns its folder.
 

@@ -14,7 +14,7 @@ from bkdlens.analyses.tokens.measure import answer_probs, head_pattern
 from bkdlens.data.backdoor import Backdoor, PromptPair
 from bkdlens.data.prompts import shown
 from bkdlens.engines.hooks import NOTHING, Intervention, Patch, from_end
-from bkdlens.errors import DataError, HeadError, HookError
+from bkdlens.errors import ChoiceError, HeadError, HookError
 from bkdlens.types import Head
 
 SENTENCE = Backdoor.label_modification(("w91 w92", "w93 w94 w95"))
@@ -89,7 +89,7 @@ def test_results_save_and_load(llama, tmp_path) -> None:
 def test_mistakes_are_refused(llama) -> None:
     with pytest.raises(HeadError, match="does not exist"):
         head_pattern(llama, "w20", "L9H0")
-    with pytest.raises(DataError, match="prompt to change"):
+    with pytest.raises(ChoiceError, match="prompt to change"):
         unwrap(answer_probs)(llama, PAIR, on="near")
     with pytest.raises(HookError, match=r"give -1 to -4\.$"):
         from_end(4, -5)
