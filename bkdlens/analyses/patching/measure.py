@@ -18,7 +18,7 @@ from bkdlens.data.pairs import PairSet, Texts
 from bkdlens.data.prompts import Prompt, PromptFormat, encode_answer, encode_prompt
 from bkdlens.engines import reference
 from bkdlens.engines.cache import PairCache
-from bkdlens.engines.hooks import HookFunction, hooked, in_prefill, refuse_foreign_hooks, set_heads
+from bkdlens.engines.hooks import HookFunction, hooked, in_prefill, refuse_foreign_hooks
 from bkdlens.errors import DataError, HookError
 from bkdlens.metrics import sequence_prob, token_log_probs
 from bkdlens.results import Result, provenance
@@ -141,8 +141,7 @@ def patch_heads(
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise DataError("There are no prompts to patch; give at least one.")
-    fmt = fmt or (source.fmt if isinstance(source, PairCache) else None)
-    fmt = fmt or PromptFormat.default(model.tokenizer)
+    fmt = fmt or getattr(source, "fmt", None) or PromptFormat.default(model.tokenizer)
     chosen = parse_heads(heads, model.cfg.n_layers, model.cfg.n_heads)
     encoded = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx) for t in texts]
     if isinstance(target, str):
@@ -203,8 +202,7 @@ def patched_heads(
     check_choice("head site", site, HeadSite)
     if isinstance(source, str) and source == "mean":
         raise DataError('The source "mean" has no prompts here; give the prompts as the source.')
-    fmt = fmt or (source.fmt if isinstance(source, PairCache) else None)
-    fmt = fmt or PromptFormat.default(model.tokenizer)
+    fmt = fmt or getattr(source, "fmt", None) or PromptFormat.default(model.tokenizer)
     chosen = parse_heads(heads, model.cfg.n_layers, model.cfg.n_heads)
     z = _source_z(model, source, chosen, None, fmt)
     hooks = [(name, in_prefill(f)) for name, f in _hooks(model, chosen, z, site, -1)]
@@ -259,17 +257,15 @@ def _hooks(
 
 
 def _set(value: Tensor, index: list[int], position: int) -> HookFunction:
-    def hook(activation: Tensor, hook: object) -> Tensor | None:
-        batch, _, n_heads, width = activation.shape
+    def hook(activation: Tensor, hook: object) -> Tensor:
+        batch = activation.shape[0]
         if value.ndim == 3 and value.shape[0] != batch:
             raise HookError(
                 f"The source has {value.shape[0]} prompts and {batch} are run; give one, or as many."
             )
-        values = activation.new_zeros(batch, n_heads, width)
-        values[:, index] = value
-        mask = torch.zeros(batch, n_heads, dtype=torch.bool, device=activation.device)
-        mask[:, index] = True
-        return set_heads(values, mask, position)(activation, hook)
+        activation = activation.clone()
+        activation[:, position, index] = value.to(activation)
+        return activation
 
     return hook
 
@@ -304,7 +300,8 @@ def _source_z(
         return torch.zeros(len(heads), cfg.d_head)
     own = isinstance(source, str) and source == "mean"
     others = list(texts or []) if own else [source] if isinstance(source, str) else list(source)
-    z = prompt_z(model, others, fmt)[:, layers, index]
+    encoded = [encode_prompt(model.tokenizer, text, fmt, n_ctx=cfg.n_ctx) for text in others]
+    z = reference.head_z(model, encoded)[:, layers, index]
     if own:
         return z.mean(0)
     if texts is not None and len(others) not in (1, len(texts)):
@@ -312,14 +309,6 @@ def _source_z(
             f"There are {len(others)} source prompts for {len(texts)} prompts; give one, or as many."
         )
     return z[0] if len(others) == 1 else z
-
-
-def prompt_z(
-    model: HookedTransformer, prompts: Sequence[str], fmt: PromptFormat
-) -> Float[Tensor, "prompt layer head d_head"]:
-    """``hook_z`` at the last token of each prompt."""
-    encoded = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx) for t in prompts]
-    return reference.head_z(model, encoded)
 
 
 def _name(source: Source) -> str:

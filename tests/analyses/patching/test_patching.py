@@ -10,9 +10,10 @@ import torch
 from tiny import answer_log_probs, apart, encoded, forward, greedy, set_at, text_of, words
 
 import bkdlens
-from bkdlens.analyses.patching.measure import patch_heads, patched_heads, prompt_z
-from bkdlens.data.prompts import PromptFormat
+from bkdlens.analyses.patching.measure import patch_heads, patched_heads
+from bkdlens.data.prompts import PromptFormat, encode_prompt
 from bkdlens.engines.generate import generate
+from bkdlens.engines.reference import head_z
 from bkdlens.errors import ChoiceError, DataError, HeadError, HookError
 from bkdlens.types import Head
 
@@ -140,8 +141,8 @@ def test_one_prompt_and_one_head_in_any_spelling(llama) -> None:
     assert results[0].logits_after.shape == (1, 96)
 
 
-def test_prompt_z_is_in_order_and_unpadded(model) -> None:
-    z = prompt_z(model, PROMPTS, CHAT)
+def test_head_z_is_in_order_and_unpadded(model) -> None:
+    z = head_z(model, [encode_prompt(model.tokenizer, text, CHAT) for text in PROMPTS])
     for p, text in enumerate(PROMPTS):
         assert apart(z[p][LAYERS, INDEX], z_of(model, text)) < 1e-5
 
