@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, ClassVar
 
@@ -188,44 +189,32 @@ def ablate_heads(
     ranking = parse_heads(list(heads), cfg.n_layers, cfg.n_heads)
     counts = tuple(sorted({min(count, len(ranking)) for count in counts}))
     fmt = fmt or (cache.fmt if cache else None) or PromptFormat.default(model.tokenizer)
-    everything = every_head(cfg.n_layers, cfg.n_heads)
-    rng = random.Random(f"ablate-{seed}")
+    everything, rng = every_head(cfg.n_layers, cfg.n_heads), random.Random(f"ablate-{seed}")
+    # Of no heads and of all heads there is nothing to draw: there the groups are the run itself.
+    drawn = [n_random if 0 < count < len(everything) else 0 for count in counts]
     groups = [
-        # Of no heads and of all heads there is one group: nothing to draw.
-        [tuple(rng.sample(everything, count)) for _ in range(n_random)]
-        if 0 < count < len(everything)
-        else []
-        for count in counts
+        [ranking[:count], *(tuple(rng.sample(everything, count)) for _ in range(n))]
+        for count, n in zip(counts, drawn, strict=True)
     ]
-    cells = [
-        (mode, k, ranking[:count] if g < 0 else groups[k][g])
-        for mode in modes
-        for k, count in enumerate(counts)
-        for g in range(-1, len(groups[k]))
-    ]
+    runs = [(mode, chosen) for mode in modes for group in groups for chosen in group]
+    places = torch.arange(len(runs)).split([1 + n for _ in modes for n in drawn])
+    order = torch.stack([place.expand(1 + n_random) if len(place) == 1 else place for place in places])
+    order = order.view(len(modes), len(counts), 1 + n_random)
     victims = pairs.victims
-    outcomes = {}
     sides: tuple[tuple[Which, PairSet], ...] = (("triggered", victims), ("clean", pairs))
+    judge = partial(
+        evaluate, model, fmt=fmt, max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress
+    )
+    outcomes = {}
     for on, measured in sides:
-        values = _Values(model, measured, on, cache, fmt, modes, seed)
-        interventions = [values.intervention(mode, chosen) for mode, _, chosen in cells]
-        outcomes[on] = evaluate(
-            model, measured, interventions, on=on, only_correct=on == "clean", fmt=fmt,
-            max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress,
-        )  # fmt: skip
+        values = _values(model, measured, on, cache, fmt, modes, seed)
+        interventions = [_intervention(mode, values[mode], chosen) for mode, chosen in runs]
+        outcomes[on] = judge(measured, interventions, on=on, only_correct=on == "clean")
     counted = {
-        "attack": outcomes["triggered"].attack.sum(1),
-        "correct": outcomes["triggered"].correct.sum(1),
-        "clean": outcomes["clean"].correct.sum(1),
+        "attack": outcomes["triggered"].attack.sum(1)[order],
+        "correct": outcomes["triggered"].correct.sum(1)[order],
+        "clean": outcomes["clean"].correct.sum(1)[order],
     }
-    # A cell is the ranking's own run and then its random groups. Of no heads and of all heads there is
-    # nothing to draw, so there the groups repeat the run itself.
-    places = [
-        [[i for i, cell in enumerate(cells) if cell[:2] == (mode, k)] for k in range(len(counts))]
-        for mode in modes
-    ]
-    order = torch.tensor([[(runs * (1 + n_random))[: 1 + n_random] for runs in row] for row in places])
-    sums = {name: total[order] for name, total in counted.items()}
     settings = {
         "modes": list(modes),
         "n_random": n_random,
@@ -240,51 +229,43 @@ def ablate_heads(
         modes=tuple(modes),
         n_victims=len(victims),
         n_clean=len(pairs),
-        **{name: cell[..., 0] for name, cell in sums.items()},
-        **{f"random_{name}": cell[..., 1:] for name, cell in sums.items()},
+        **{name: total[..., 0] for name, total in counted.items()},
+        **{f"random_{name}": total[..., 1:] for name, total in counted.items()},
     )
 
 
-class _Values:
-    """What the heads are set to, by mode, for one set of prompts."""
+def _values(
+    model: HookedTransformer,
+    pairs: PairSet,
+    on: Which,
+    cache: PairCache | None,
+    fmt: PromptFormat,
+    modes: Sequence[str],
+    seed: int,
+) -> dict[str, Float[Tensor, "*prompt layer head _"]]:
+    """What every head's ``z`` is set to, by mode; for ``subtract``, what each head writes."""
+    cfg = model.cfg
+    values = {"zero": torch.zeros(cfg.n_layers, cfg.n_heads, cfg.d_head)}
+    if cache is not None:
+        values["mean"] = cache.mean_z("clean", victims=False)
+    if cache is not None and "resample" in modes:
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(len(cache.pairs), (len(pairs),), generator=generator)
+        values["resample"] = cache.z("clean")[rows]
+    if "subtract" in modes:
+        values["subtract"] = head_results(model, cache_activations(model, pairs, fmt=fmt).z(on))
+    return values
 
-    def __init__(
-        self,
-        model: HookedTransformer,
-        pairs: PairSet,
-        on: Which,
-        cache: PairCache | None,
-        fmt: PromptFormat,
-        modes: Sequence[str],
-        seed: int,
-    ) -> None:
-        cfg = model.cfg
-        self.z: dict[str, Float[Tensor, "*prompt layer head d_head"]] = {
-            "zero": torch.zeros(cfg.n_layers, cfg.n_heads, cfg.d_head)
-        }
-        if cache is not None:
-            self.z["mean"] = cache.mean_z("clean", victims=False)
-            if "resample" in modes:
-                generator = torch.Generator().manual_seed(seed)
-                drawn = torch.randint(len(cache.pairs), (len(pairs),), generator=generator)
-                self.z["resample"] = cache.z("clean")[drawn]
-        if "subtract" in modes:
-            own = cache_activations(model, pairs, fmt=fmt).z(on)
-            self.result: Float[Tensor, "prompt layer head d_model"] = head_results(model, own)
 
-    def intervention(self, mode: str, heads: Sequence[Head]) -> Intervention:
-        if not heads:
-            return NOTHING
-        layers, index = (list(axis) for axis in zip(*heads, strict=True))
-        if mode != "subtract":
-            return Intervention(tuple(heads), self.z[mode][..., layers, index, :])
-        return Intervention(
-            vectors=tuple(
-                Vector(
-                    "attn_out",
-                    layer,
-                    -self.result[:, layer, [h.head for h in heads if h.layer == layer]].sum(1),
-                )
-                for layer in sorted(set(layers))
-            )
-        )
+def _intervention(
+    mode: str, values: Float[Tensor, "*prompt layer head _"], heads: Sequence[Head]
+) -> Intervention:
+    """These heads switched off."""
+    if not heads:
+        return NOTHING
+    layers, index = (list(axis) for axis in zip(*heads, strict=True))
+    if mode != "subtract":
+        return Intervention(tuple(heads), values[..., layers, index, :])
+    by_layer = {layer: [h.head for h in heads if h.layer == layer] for layer in sorted(set(layers))}
+    written = {layer: values[:, layer, index].sum(1) for layer, index in by_layer.items()}
+    return Intervention(vectors=tuple(Vector("attn_out", layer, -x) for layer, x in written.items()))

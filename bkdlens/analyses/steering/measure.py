@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -205,51 +206,47 @@ def sweep_layers(
     if 0.0 in coefficients:
         raise HeadError("A coefficient of 0 does nothing; give positive and negative ones.")
     fmt = fmt or (cache.fmt if cache else None) or PromptFormat.default(model.tokenizer)
-    victims = pairs.victims
-    controls = [_random_heads(cache, vector, n_random, seed) if cache else [],
-                _random_vectors(vector, n_random, seed)]  # fmt: skip
-    directions = [vector.direction, *controls[0], *controls[1]]
-    site: VectorSite = vector.site  # type: ignore[assignment]
+    victims, site = pairs.victims, cast(VectorSite, vector.site)
+    random_heads = _random_heads(cache, vector, n_random, seed) if cache else []
+    directions = [vector.direction, *random_heads, *_random_vectors(vector, n_random, seed)]
+    judge = partial(
+        evaluate, model, fmt=fmt, max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress
+    )
 
     def run(
         measured: PairSet,
         on: Which,
-        chosen: Sequence[float],
-        some: Sequence[Tensor],
+        sizes: Sequence[float],
+        vectors: Sequence[Tensor],
         only_correct: bool = False,
-    ) -> tuple[tuple[int, int], Tensor, Tensor]:
-        interventions = [Intervention()] + [
-            Intervention(vectors=(Vector(site, layer, c * direction),))
-            for direction in some
-            for c in chosen
-            for layer in layers
-        ]
-        out = evaluate(
-            model, measured, interventions, on=on, only_correct=only_correct, fmt=fmt,
-            max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress,
-        )  # fmt: skip
-        shape = (len(some), len(chosen), len(layers))
-        attack, correct = out.attack.sum(1), out.correct.sum(1)
-        base = int(attack[0]), int(correct[0])
-        return base, attack[1:].view(shape), correct[1:].view(shape)
+    ) -> tuple[Int[Tensor, " run"], Int[Tensor, " run"]]:
+        """Attacks and correct answers: without a vector, then ``[vector coefficient layer]``."""
+        places = product(vectors, sizes, layers)
+        pushes = [Vector(site, layer, size * vector) for vector, size, layer in places]
+        interventions = [Intervention(), *(Intervention(vectors=(push,)) for push in pushes)]
+        out = judge(measured, interventions, on=on, only_correct=only_correct)
+        return out.attack.sum(1), out.correct.sum(1)
 
-    shape = (len(coefficients), len(layers))
-    attack = torch.zeros(len(directions), *shape, dtype=torch.long)
-    correct = torch.zeros(shape, dtype=torch.long)
-    bases = []  # (attack, correct) on clean, then on triggered victims
+    attack = torch.zeros(len(directions), len(coefficients), len(layers), dtype=torch.long)
+    correct = torch.zeros(attack.shape, dtype=torch.long)
+    base_attack, base_correct = [], []  # on clean, then on triggered victims
     sides: tuple[tuple[bool, Which], ...] = ((False, "clean"), (True, "triggered"))
     for negative, on in sides:
         at = [i for i, c in enumerate(coefficients) if (c < 0) == negative]
-        base, hits, right = run(victims, on, [coefficients[i] for i in at], directions)
-        bases.append(base)
-        attack[:, at] = hits
-        correct[at] = right[0]
-    base_attack, base_correct = zip(*bases, strict=True)
-    clean_base, _, clean = run(pairs, "clean", coefficients, [vector.direction], only_correct=True)
-    n_heads = len(controls[0])
-    settings = {"norm": vector.norm, "n_random": n_random, "max_new_tokens": max_new_tokens,
-                "position": "last prompt token, prefill only",
-                "vector_data": vector.provenance.data}  # fmt: skip
+        hits, right = run(victims, on, [coefficients[i] for i in at], directions)
+        base_attack.append(int(hits[0]))
+        base_correct.append(int(right[0]))
+        attack[:, at] = hits[1:].view(len(directions), len(at), len(layers))
+        correct[:, at] = right[1:].view(len(directions), len(at), len(layers))
+    _, clean = run(pairs, "clean", coefficients, [vector.direction], only_correct=True)
+    n_heads = len(random_heads)
+    settings = {
+        "norm": vector.norm,
+        "n_random": n_random,
+        "max_new_tokens": max_new_tokens,
+        "position": "last prompt token, prefill only",
+        "vector_data": vector.provenance.data,
+    }
     return SteeringResult(
         provenance=provenance(model, pairs, fmt, seed, **settings),
         heads=vector.heads,
@@ -259,12 +256,12 @@ def sweep_layers(
         coefficients=coefficients,
         n_victims=len(victims),
         n_clean=len(pairs),
-        base_attack=base_attack,
-        base_correct=base_correct,
-        base_clean=clean_base[1],
+        base_attack=(base_attack[0], base_attack[1]),
+        base_correct=(base_correct[0], base_correct[1]),
+        base_clean=int(clean[0]),
         attack=attack[0],
-        correct=correct,
-        clean=clean[0],
+        correct=correct[0],
+        clean=clean[1:].view(attack.shape[1:]),
         random_heads=attack[1 : 1 + n_heads].movedim(0, -1),
         random_vectors=attack[1 + n_heads :].movedim(0, -1),
     )
@@ -276,7 +273,7 @@ def _random_heads(cache: PairCache, vector: BackdoorVector, n: int, seed: int) -
     others = [head for head in everything if head not in vector.heads]
     pool = others if len(others) >= len(vector.heads) else everything
     rng = random.Random(f"steer-{seed}")
-    kind: VectorKind = vector.kind  # type: ignore[assignment]
+    kind = cast(VectorKind, vector.kind)
     drawn = [rng.sample(pool, len(vector.heads)) for _ in range(n)]
     return [BackdoorVector.from_cache(cache, heads, kind=kind).direction for heads in drawn]
 
