@@ -14,5 +14,5 @@ def claims(study: Study) -> list[str]:
 
 def findings(study: Study) -> list[Finding]:
     """The claims by analysis, each with its settings, counts and controls."""
-    said = [(part, tuple(part.claims(study))) for part in PARTS]
-    return [Finding(part.name, texts, part.basis(study)) for part, texts in said if texts]
+    told = [(part, tuple(part.claims(study))) for part in PARTS]
+    return [Finding(part.name, texts, part.basis(study)) for part, texts in told if texts]

@@ -63,7 +63,7 @@ def _change(left: Number, right: Number) -> Cell:
 
 
 def _differing(a: Study, b: Study) -> Table | None:
-    """Settings, choices and trigger that are not the same, as a row each."""
+    """Settings, choices and trigger that differ, one row each."""
     sides = [_flat({"backdoor": s.backdoor.to_dict(), **s.settings, "chosen": s.choice}) for s in (a, b)]
     rows = [
         [name, *(side.get(name, "–") for side in sides)]

@@ -2,7 +2,7 @@
 
 Source: Backdoor Attribution, Section 4. The first n heads of the ranking are switched off at the last
 prompt token, and attack success is measured on triggered victims - beside how often the right answer
-comes back and how many clean prompts are still answered rightly, because an ablation that breaks the
+comes back and how many clean prompts are still answered correctly, because an ablation that breaks the
 model also ends the attack. Random groups of as many heads are the control.
 """
 

@@ -189,7 +189,7 @@ def attribute_heads(
 
     Raises:
         DataError: if there is no victim, or a prompt and its answer do not fit the context.
-        HeadError: for a ``confirm`` that is no share.
+        HeadError: for a ``confirm`` outside (0, 1].
         ChoiceError: for an unknown method or site.
 
     Examples:

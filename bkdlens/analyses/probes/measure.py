@@ -158,34 +158,34 @@ def train_probes(
         x = torch.cat([positive[rows, layer], negative[rows, layer]]).numpy()
         return x, np.repeat([1, 0], len(rows))
 
-    correct, auroc, valid, few, apart = ([] for _ in range(5))
     ilca = torch.zeros(n_layers, n_layers)
     rng = np.random.default_rng(seed)
     draws = [rng.choice(train, min(shots, len(train)), replace=False) for _ in range(n_draws)]
+    layers = []
     for layer in track(range(n_layers), f"{kind} probes", progress):
         probe = _fit(_pipeline(kind, seed), *data(train, layer))
         x, y = data(test, layer)
         predicted = [probe.predict(data(test, other)[0]) for other in range(n_layers)]
         ilca[layer] = torch.tensor([float((p == y).mean()) for p in predicted])
-        correct.append(int((predicted[layer] == y).sum()))
-        auroc.append(float(roc_auc_score(y, _score(probe, x))))
-        valid.append(float(probe.score(*data(validation, layer))))
         shot = [_fit(_pipeline("svm", seed), *data(d.tolist(), layer)).score(x, y) for d in draws]
-        few.append(float(np.mean(shot)))
-        apart.append(_separation(positive[train, layer], negative[train, layer]))
-    settings = {"kind": kind, "against": against, "shots": shots, "split": PROBE_SPLIT,
-                "position": "last prompt token"}  # fmt: skip
+        measured = {
+            "n_correct": int((predicted[layer] == y).sum()),
+            "auroc": float(roc_auc_score(y, _score(probe, x))),
+            "validation": float(probe.score(*data(validation, layer))),
+            "few_shot": float(np.mean(shot)),
+            "separation": _separation(positive[train, layer], negative[train, layer]),
+        }
+        layers.append(measured)
+    settings = {"kind": kind, "against": against, "shots": shots, "split": PROBE_SPLIT}
     return ProbeResult(
-        provenance=provenance(cache.model, cache.pairs, cache.fmt, seed, **settings),
+        provenance=provenance(
+            cache.model, cache.pairs, cache.fmt, seed, **settings, position="last prompt token"
+        ),
         label=label,
         kind=kind,
         against=against,
         n_test=2 * len(test),
-        n_correct=torch.tensor(correct),
-        auroc=torch.tensor(auroc),
-        validation=torch.tensor(valid),
-        few_shot=torch.tensor(few),
-        separation=torch.tensor(apart),
+        **{name: torch.tensor([layer[name] for layer in layers]) for name in layers[0]},
         ilca=ilca,
     )
 

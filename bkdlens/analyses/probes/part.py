@@ -133,8 +133,8 @@ def sections(study: Study, draw: Drawer) -> list[Section]:
         "on prompts it has not seen. The matrices show a probe trained at one layer and tested at "
         "another: large even squares mean that layers write the difference in the same way.",
         "Any difference in the text can be read off, in an un-poisoned model too. Compare with the "
-        "controls: what sets a backdoored model apart is often not the accuracy but how few prompts "
-        "suffice for it and how far the classes lie apart.",
+        "controls: what marks a backdoored model is often not the accuracy but how few prompts it takes "
+        "and how far the classes lie from each other.",
         parts,
     )
     return [section]
