@@ -1,0 +1,39 @@
+"""Files that version 0.1 wrote, before the package was rebuilt, load and are written as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from compare_runs import content, differences
+
+import bkdlens
+from bkdlens.results import Result
+
+SAVED = Path(__file__).parent / "saved-0.1"
+STEMS = sorted(p.with_suffix("") for p in SAVED.rglob("*.json") if p.name != "study.json")
+
+
+def test_every_kind_is_there() -> None:
+    kinds = {type(bkdlens.load_result(stem)) for stem in STEMS}
+    public = {getattr(bkdlens, name) for name in bkdlens.__all__}
+    results = {c for c in public if isinstance(c, type) and issubclass(c, Result)}
+    assert results <= kinds
+
+
+@pytest.mark.parametrize("stem", STEMS, ids=lambda stem: stem.name)
+def test_a_result_is_written_as_it_was(stem, tmp_path) -> None:
+    bkdlens.load_result(stem).save(tmp_path / stem.name)
+    for ending in (".json", ".safetensors"):
+        before, after = (content(folder / f"{stem.name}{ending}") for folder in (stem.parent, tmp_path))
+        assert differences(before, after) == []
+
+
+def test_a_study_loads(tmp_path) -> None:
+    study = bkdlens.load_study(SAVED / "study")
+    assert study.choice["kind"] in ("mean", "contrast")
+    assert set(study.results) == {stem.name for stem in STEMS if stem.parent.name == "study"}
+    study.save_head(tmp_path)
+    before, after = (content(folder / "study.json") for folder in (SAVED / "study", tmp_path))
+    assert differences(before, after) == []
+    assert bkdlens.write_report([study], tmp_path / "r.html").exists()
