@@ -46,3 +46,11 @@ def test_importing_is_quick() -> None:
     script = "import sys, bkdlens; print([m for m in ('torch', 'pandas', 'plotly') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_room_is_crowded() -> None:
+    """At most a dozen modules in a folder: a reader guesses a function's file from its name."""
+    folder = Path(bkdlens.__file__).parent
+    rooms = {path.parent for path in folder.rglob("*.py")}
+    crowded = {str(room): n for room in rooms if (n := len(list(room.glob("*.py")))) > 12}
+    assert crowded == {}
