@@ -72,16 +72,16 @@ def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a result came from: model and adapter digests, data, format, seed, settings, versions."""
+    """Where a result came from."""
 
-    model: Mapping[str, Any] = field(default_factory=dict)
-    data: str = ""
-    data_digest: str = ""
-    n_pairs: int = 0
-    prompt_format: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=versions)
+    model: Mapping[str, Any] = field(default_factory=dict)  # names, digests, dtype, parity
+    data: str = ""  # where the pairs came from, in words
+    data_digest: str = ""  # sha256 over the pairs' texts
+    n_pairs: int = 0  # how many were measured
+    prompt_format: Mapping[str, Any] = field(default_factory=dict)  # how a prompt was rendered
+    seed: int = 0  # of everything that was drawn at random
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the analysis' own
+    versions: Mapping[str, str] = field(default_factory=versions)  # of packages
 
 
 def provenance(model: Any, pairs: Any, fmt: Any, seed: int, **settings: Any) -> Provenance:

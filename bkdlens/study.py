@@ -27,18 +27,18 @@ class StudySettings:
     """
 
     n_attribution: int | None = paper.N_PAIRS  # clean pairs; all for None
-    attribution_method: str = "exact"
+    attribution_method: str = "exact"  # or "atp", "screened"
     layer_outputs: bool = True  # attribute whole attention and MLP outputs too
-    ablation_counts: tuple[int, ...] = paper.ABLATION_COUNTS
-    ablation_modes: tuple[str, ...] = ("zero", "mean")
+    ablation_counts: tuple[int, ...] = paper.ABLATION_COUNTS  # heads switched off
+    ablation_modes: tuple[str, ...] = ("zero", "mean")  # what they are set to
     vector_heads: int | None = None  # None: a thirty-second of all heads (as the paper), at least 4
-    vector_kinds: tuple[str, ...] = ("mean", "contrast")
-    vector_site: str = "resid_pre"
+    vector_kinds: tuple[str, ...] = ("mean", "contrast")  # of which one is chosen
+    vector_site: str = "resid_pre"  # or "attn_out"
     coefficients: tuple[float, ...] = (1.0, 2.0)  # both signs of each are tried
     n_random: int = 10  # draws of each random control
-    probe_kinds: tuple[str, ...] = ("mlp", "svm")
+    probe_kinds: tuple[str, ...] = ("mlp", "svm")  # all are trained
     max_new_tokens: int = 48  # where a decoded answer is cut
-    seed: int = 0
+    seed: int = 0  # of everything that is drawn at random
 
 
 # The demo's settings: fewer pairs, so that it ends within a minute and a half on two cores.

@@ -18,10 +18,10 @@ NO_CONTROL = "none was run, so the effect stands alone"
 
 @dataclass(frozen=True)
 class Cell:
-    """A number, and its interval and count in smaller type."""
+    """One cell of a table."""
 
-    text: str
-    small: str = ""
+    text: str  # a number or word
+    small: str = ""  # its interval and count, in smaller type
 
 
 Rows: TypeAlias = list[list[Cell | str]]
@@ -83,9 +83,9 @@ class Section:
 class Basis:
     """What the claims of one analysis rest on, as three short texts."""
 
-    settings: str
-    counts: str
-    controls: str
+    settings: str  # how it was measured
+    counts: str  # on how many prompts, of which data
+    controls: str  # what it is to be compared with
 
     @classmethod
     def of(
@@ -117,9 +117,9 @@ class Basis:
 class Finding:
     """The claims of one analysis, with their common basis."""
 
-    part: str
-    claims: tuple[str, ...]
-    basis: Basis
+    part: str  # name of the analysis
+    claims: tuple[str, ...]  # sentences
+    basis: Basis  # of all of them
 
 
 def rate_cell(rate: Rate | None) -> Cell:

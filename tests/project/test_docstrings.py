@@ -66,43 +66,35 @@ def test_there_is_an_example(name) -> None:
     assert ">>> " in (inspect.getdoc(FUNCTIONS[name]) or ""), name
 
 
-def sources() -> list[tuple[str, ast.AST]]:
-    """Every definition of the package with its place."""
+def definitions() -> list[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    """Every function, class and method of the package with its place, closures left out."""
     root = Path(bkdlens.__file__).parent
-    out = []
-    for info in pkgutil.walk_packages([str(root)], "bkdlens."):
-        file = root.parent / Path(*info.name.split("."))
-        file = file / "__init__.py" if info.ispkg else file.with_suffix(".py")
-        for node in ast.walk(ast.parse(file.read_text())):
+    found = []
+    for file in root.rglob("*.py"):
+        todo = list(ast.parse(file.read_text()).body)
+        while todo:
+            node = todo.pop()
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                out.append((f"{info.name}.{node.name}", node))
-    return out
+                found.append((f"{file.relative_to(root)}: {node.name}", node))
+                todo += node.body if isinstance(node, ast.ClassDef) else []
+    return found
 
 
 def test_every_public_definition_has_a_docstring_of_its_own() -> None:
-    missing, leaning = [], []
-    for where, node in sources():
-        text = ast.get_docstring(node)
-        if not node.name.startswith("_") and text is None and not is_nested(node):
-            missing.append(where)
-        if text and re.match(r"(The same|Of)\b", text):
-            leaning.append(where)
-    assert missing == []
-    assert leaning == []
-
-
-def is_nested(node: ast.AST) -> bool:
-    """Whether a function is a hook or another closure, which is read where it stands."""
-    return isinstance(node, ast.FunctionDef) and node.col_offset >= 8
+    texts = {where: ast.get_docstring(node) for where, node in definitions()}
+    public = [where for where, node in definitions() if not node.name.startswith("_")]
+    assert [where for where in public if texts[where] is None] == []
+    assert [where for where, text in texts.items() if re.match(r"(The same|Of)\b", text or "")] == []
 
 
 def dataclasses() -> dict[str, type]:
     """Every dataclass of the package by its full name."""
     found = {}
     for info in pkgutil.walk_packages(bkdlens.__path__, "bkdlens."):
-        if info.name != "bkdlens.__main__":
-            for value in vars(importlib.import_module(info.name)).values():
-                if inspect.isclass(value) and is_dataclass(value) and value.__module__ == info.name:
+        if info.name != "bkdlens.__main__" and not info.name.startswith("bkdlens.cli"):  # has --help
+            for name, value in vars(importlib.import_module(info.name)).items():
+                mine = inspect.isclass(value) and value.__module__ == info.name and is_dataclass(value)
+                if mine and not name.startswith("_"):
                     found[f"{info.name}.{value.__qualname__}"] = value
     return found
 
