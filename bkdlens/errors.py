@@ -46,3 +46,8 @@ def unknown(what: str, given: object, allowed: Iterable[object]) -> str:
     close = get_close_matches(str(given), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"There is no {what} {given!r}; use one of: {', '.join(names)}.{hint}"
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of another library, on one line."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -406,8 +406,8 @@ def test_broken_lists(three) -> None:
     base, adapters = three
     refused("list of adapters is empty", base, [])
     for weights in ([1], [1, 2, 3], [1, float("nan")], [1, float("inf")]):
-        refused("one finite number an adapter", base, adapters[:2], adapter_weights=weights)
-    refused("one finite number an adapter; got .1.0. for 0 adapters", base, adapter_weights=[1])
+        refused("one finite number per adapter", base, adapters[:2], adapter_weights=weights)
+    refused("one finite number per adapter; got .1.0. for 0 adapters", base, adapter_weights=[1])
     refused("carries its own adapter", make_model("llama-gqa"), adapter_weights=[1])
     edit_json(adapters[1] / "adapter_config.json", r=2)
     refused("topic.*does not fit its tensors", base, adapters)

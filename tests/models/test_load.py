@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -33,8 +34,10 @@ from transformers.utils import logging
 
 from bkdlens import zoo
 from bkdlens.errors import CheckpointError
+from bkdlens.models.architectures import CONVERSIONS
 from bkdlens.models.load import LoadInfo, load, load_info
 from bkdlens.models.merge import TOLERANCE
+from bkdlens.types import Architecture
 
 load_module = importlib.import_module("bkdlens.models.load")  # `bkdlens.load` is the function
 ROUNDINGS = 10  # how many times Hugging Face's own rounding two float32 results may differ by
@@ -340,7 +343,7 @@ def test_what_cannot_be_found(tmp_path, pair, monkeypatch):
     refused("tiny-llama.*Did you mean 'tiny-llama'", "tiny-lama")
     refused("no folder or model './nowhere/at/all'", "./nowhere/at/all")
     refused("is a file", str(pair[0] / "config.json"))
-    with pytest.raises(CheckpointError, match="A int is no base"):
+    with pytest.raises(CheckpointError, match="A int is not a base"):
         inspect.unwrap(load)(3)  # past the type checker of these tests
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refused("could not be fetched from the Hugging Face Hub", "bkdlens-nobody/nothing")
@@ -367,6 +370,10 @@ def test_live_model_refusals(pair):
         refused("adapter is disabled", live, tokenizer=make_tokenizer())
     live.get_base_model().lm_head.weight[0, 0] = torch.nan
     refused("lm_head.weight holds NaN", live, tokenizer=make_tokenizer())
+
+
+def test_architectures_are_those_that_the_types_name():
+    assert tuple(CONVERSIONS) == get_args(Architecture)
 
 
 def test_unsupported_live_architecture():
