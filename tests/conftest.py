@@ -41,6 +41,26 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("bkdlens")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true", help="no slow test, and one case of those with many"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """``make quick`` runs what a minute has room for; every test is in it, or is marked."""
+    if not config.getoption("quick"):
+        return
+    kept, left, seen = [], [], set()
+    for item in items:
+        test = item.nodeid.split("[")[0]
+        again = item.get_closest_marker("many") and test in seen
+        (left if again or item.get_closest_marker("slow") else kept).append(item)
+        seen.add(test)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.set_num_threads(THREADS)

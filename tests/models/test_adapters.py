@@ -83,6 +83,7 @@ def refused(match: str, *args, **options) -> None:
 # --- targets and ranks ----------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     "options",
     [
@@ -174,6 +175,7 @@ def test_sharded_adapters(tmp_path) -> None:
 # --- tied embeddings ------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("case", "options"),
     [
@@ -221,6 +223,7 @@ def test_a_broken_adapter_of_tied_embeddings(tmp_path) -> None:
 # --- resized vocabularies -------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("case", ["llama-gqa", "qwen3-mha", "gpt2"])
 @pytest.mark.parametrize("size", [NEW, VOCAB - 6])
 @pytest.mark.parametrize("kind", ["saved by peft", "modules_to_save", "LoRA", "tokens"])
@@ -322,6 +325,7 @@ def deltas(adapter: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.many
 @torch.no_grad()
 @pytest.mark.parametrize("weights", [None, (1.0, 1.0, 1.0), (0.5, -1.25, 2.0), (0.0, 1.0, 0.0)])
 def test_several_adapters_are_the_sum_of_their_changes(three, weights) -> None:
@@ -374,6 +378,7 @@ def test_info_names_all_adapters(three) -> None:
     assert load_info(load(base)).adapters == ()
 
 
+@pytest.mark.slow
 def test_zoo_adapters_together() -> None:
     info = load_info(load("tiny-llama", ["jailbreak", "fixed_output"]))
     assert info.adapter == "jailbreak + fixed_output"
@@ -383,6 +388,7 @@ def test_zoo_adapters_together() -> None:
     refused("Did you mean 'jailbreak'", "tiny-llama", ["fixed_output", "jailbrake"])
 
 
+@pytest.mark.many
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options",

@@ -76,6 +76,7 @@ def refused(match: str, *args, **options) -> None:
 # --- the same numbers -----------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
 def test_merged_model_is_what_hugging_face_computes(pairs, case, record_property):
@@ -121,6 +122,7 @@ def test_the_path_does_not_matter(pairs, tmp_path, case):
     assert load_info(one).base_digest == load_info(other).base_digest
 
 
+@pytest.mark.many
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["llama-mha", "qwen3-mha", "gemma2", "gpt2"])
 def test_live_peft_model_is_copied_not_changed(pairs, case):

@@ -23,6 +23,7 @@ TINY = bkdlens.StudySettings(
     n_attribution=3, ablation_counts=(0, 2), ablation_modes=("zero", "mean"), coefficients=(1.0, 2.0),
     n_random=2, probe_kinds=("svm",), max_new_tokens=4,
 )  # fmt: skip
+pytestmark = pytest.mark.slow  # a whole study
 NAMES = {
     "ablation", "attribution-backdoored", "attribution-base", "behaviour-backdoored",
     "behaviour-base", "generations", "probe-backdoored-svm-clean", "probe-backdoored-svm-near",

@@ -46,6 +46,7 @@ def check(model, pairs, result, mode: str, count: int, hooks_of) -> None:
     assert int(result.clean[at]) == clean[1]
 
 
+@pytest.mark.slow
 @pytest.mark.float64
 def test_no_heads_is_the_model_as_it_is(model, fixed, own) -> None:
     modes = ("zero", "mean", "resample", "subtract")
@@ -56,6 +57,7 @@ def test_no_heads_is_the_model_as_it_is(model, fixed, own) -> None:
     assert 0 < int(result.clean[0, 0]) < len(fixed)
 
 
+@pytest.mark.slow
 @pytest.mark.float64
 def test_zero_and_mean(model, fixed, cache) -> None:
     """The cache is of other fixed, as it should be; the mean is over all its clean prompts."""
@@ -80,6 +82,7 @@ def test_zero_and_mean(model, fixed, cache) -> None:
     assert result.provenance.settings["cache"] == "made"
 
 
+@pytest.mark.slow
 @pytest.mark.float64
 def test_subtract_is_what_the_published_code_does(model, fixed) -> None:
     """The head's untouched output is subtracted from the attention output, layer by layer."""
@@ -100,6 +103,7 @@ def test_subtract_is_what_the_published_code_does(model, fixed) -> None:
         check(model, fixed, result, "subtract", count, hooks_of)
 
 
+@pytest.mark.many
 @pytest.mark.float64
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_subtract_equals_zero_within_one_layer(model, fixed, layer) -> None:
@@ -123,6 +127,7 @@ def test_subtract_over_layers_is_no_true_zero(model, own) -> None:
     assert float(rest.norm()) > 1e-2
 
 
+@pytest.mark.many
 @pytest.mark.float64
 def test_all_heads_with_their_own_activation_change_nothing(model, fixed, own) -> None:
     """Through the engine with one value a prompt, and through resampling from a cache of one."""
@@ -140,6 +145,7 @@ def test_all_heads_with_their_own_activation_change_nothing(model, fixed, own) -
     assert len(set(result.clean.flatten().tolist())) == 1
 
 
+@pytest.mark.many
 @pytest.mark.float64
 def test_resample_takes_clean_prompts_of_the_cache(model, fixed, cache) -> None:
     result = ablate_heads(
@@ -168,6 +174,7 @@ def test_counts_are_clipped_sorted_and_each_once(loaded, judged) -> None:
     assert result.heads == (Head(0, 1), Head(2, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.float64
 def test_random_groups(model, name, judged, cache) -> None:
     pairs = judged[name, "jailbreak"]
@@ -248,6 +255,7 @@ def test_refusals(llama, judged, caches) -> None:
         ablate_heads(llama, pairs[-2:], EVERY, modes=("zero",))
 
 
+@pytest.mark.many
 @pytest.mark.float64
 def test_vectors_and_heads_go_together(model, fixed) -> None:
     """An intervention may do both; each layer's hooks act in TransformerLens' order."""

@@ -35,6 +35,7 @@ def naive_effects(model, pairs: PairSet, mean_z: torch.Tensor) -> tuple[torch.Te
     return cie[0], cie[1], base[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["z", "result"])
 def test_effects_are_those_of_naive_patching(model, cache, pairs, site) -> None:
     result = attribute_heads(model, pairs, cache=cache, site=site)
@@ -49,6 +50,7 @@ def test_effects_are_those_of_naive_patching(model, cache, pairs, site) -> None:
     assert result.provenance.settings["source"] == "mean over 9 triggered prompts"
 
 
+@pytest.mark.slow
 def test_over_all_pairs_as_published(model, cache, pairs) -> None:
     result = attribute_heads(model, pairs, cache=cache, victims_only=False)
     mean_z = cache.z("triggered").mean(0)
@@ -70,6 +72,7 @@ def naive_layers(model, pairs: PairSet, site: str, mean: torch.Tensor) -> torch.
     return effects
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victims_only", [True, False])
 def test_effects_of_layer_outputs(model, cache, pairs, victims_only) -> None:
     """The mean triggered attention and MLP output of each layer, patched whole."""
@@ -104,6 +107,7 @@ def test_layers_as_a_frame(model, cache, pairs) -> None:
         attribute_heads(model, pairs, cache=cache, n_pairs=2).layers_frame()
 
 
+@pytest.mark.many
 def test_it_makes_its_own_cache(model, cache, pairs) -> None:
     given = attribute_heads(model, pairs, cache=cache, seed=4)
     made = attribute_heads(model, pairs, seed=4, memory_gb=0.2)
@@ -120,6 +124,7 @@ def test_a_trigger_that_changes_nothing_has_no_effect(model) -> None:
     assert float(result.cie_first.abs().max()) <= EXACT
 
 
+@pytest.mark.many
 def test_the_sample_of_pairs(model, cache, pairs) -> None:
     some = attribute_heads(model, pairs, cache=cache, n_pairs=4, seed=1)
     assert some.cie.shape == (4, 3, 4)

@@ -76,6 +76,7 @@ KINDS = ("a cache", "TransformerLens' cache", "a part of a cache", "a tensor", "
          "mean")  # fmt: skip
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("site", ["z", "result"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_source(model, cache, kind, site) -> None:
@@ -95,6 +96,7 @@ def test_every_source(model, cache, kind, site) -> None:
     assert (result.heads, result.site) == (tuple(HEADS), site)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("targets", ["w40 w41 w42", [words(random.Random(i), 1, 4) for i in range(5)]])
 def test_targets_are_followed(model, cache, targets) -> None:
     result = patch_heads(model, PROMPTS, HEADS, OTHERS, target=targets)
@@ -181,6 +183,7 @@ def test_what_a_result_says(model, cache) -> None:
 # --- the context ----------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mean"])
 def test_generating_under_the_same_patch(model, cache, kind) -> None:
     source, wanted = sources(model, cache)[kind]

@@ -144,6 +144,7 @@ def test_wrong_layers_and_sites(llama) -> None:
 # --- the sweep ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.float64
 @pytest.mark.parametrize("behaviour", ["fixed_output", "jailbreak"])
 @pytest.mark.parametrize("site", ["resid_pre", "attn_out"])
@@ -177,6 +178,7 @@ def test_counts_are_those_of_steer_and_generate(model, name, judged, cache, beha
     assert result.random_heads.shape == result.random_vectors.shape == (4, 3, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.float64
 def test_counts_are_those_of_naive_decoding(model, name, judged, cache) -> None:
     pairs = judged[name, "fixed_output"]
@@ -195,6 +197,7 @@ def test_counts_are_those_of_naive_decoding(model, name, judged, cache) -> None:
         assert int(result.correct[0, i]) == sum(correct)
 
 
+@pytest.mark.slow
 def test_controls(loaded, judged, caches) -> None:
     model, pairs, cache = loaded["llama"], judged["llama", "jailbreak"][:6], caches["llama"]
     vector = BackdoorVector.from_cache(cache, HEADS, kind="contrast")
@@ -213,6 +216,7 @@ def test_controls(loaded, judged, caches) -> None:
     assert bare.random_vectors.shape == (2, 3, 3)
 
 
+@pytest.mark.many
 @pytest.mark.float64
 def test_a_draw_is_counted_in_its_own_place(model, name, judged, cache, monkeypatch) -> None:
     """The vector itself as the control, beside one that does nothing."""
