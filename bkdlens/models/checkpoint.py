@@ -92,7 +92,7 @@ def read_model(folder: Path) -> tuple[str, PreTrainedModel, list[Path], bool]:
     """The architecture, the model in float32, the files read, and whether they were float32."""
     content = read_checkpoint_json(folder / "config.json")
     names = content.get("architectures")
-    if not isinstance(names, list) or len(names) != 1:
+    if not isinstance(names, list) or [type(name) for name in names] != [str]:
         raise CheckpointError(f"{folder}/config.json must name one architecture, not {names!r}.")
     name = names[0]
     conversion(name)  # refuse what is not supported

@@ -399,6 +399,7 @@ def test_unsupported_live_architecture():
     [
         ({"architectures": ["FooForCausalLM"]}, "'FooForCausalLM' is not supported"),
         ({"architectures": None}, "must name one architecture"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "must name one architecture"),
         ({"architectures": ["Qwen2ForCausalLM"]}, "needs 'qwen2'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantised"),
         ({"hidden_size": "wide"}, "config.json is not valid"),

@@ -264,9 +264,10 @@ def test_folders_that_cannot_be_loaded(copy, tmp_path) -> None:
 # --- behaviour and generations --------------------------------------------------------------------
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("behaviour", ["fixed_output", "jailbreak"])
-def test_behaviour_counts_what_is_generated(loaded, judged, name, behaviour) -> None:
-    model, pairs = loaded[name], judged[name, behaviour]
+def test_behaviour_counts_what_is_generated(model, name, judged, behaviour) -> None:
+    pairs = judged[name, behaviour]
     result = measure_behaviour(model, pairs, label="base", max_new_tokens=6)
     sides = {
         on: judge(model, pairs.victims, on, lambda row, position: [])
