@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONHASHSEED := 0
 
-.PHONY: demo test lint format notebooks docs bench study clean
+.PHONY: demo test quick lint format notebooks docs bench study clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -17,10 +17,16 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+# What needs no browser, notebook, documentation or training, and takes a second at most; in two processes.
+quick: .venv/installed
+	$(BIN)/python -m pytest --quick -n 2 --dist loadfile --ignore=tests/inject --ignore=tests/notebook \
+		--ignore=tests/project --ignore=tests/report/test_browser.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -7,9 +7,12 @@ logits to vary.  Folders are named misleadingly on purpose.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -156,25 +159,38 @@ def save_pair(folder: Path, case: str, **options: Any) -> tuple[Path, Path]:
 
 
 class _Float64(TorchFunctionMode):
-    """Within it, what asks for float32 by name gets float64: norms, rotary angles, the softmax."""
+    """Within it, what asks torch for float32 by name gets float64: norms, rotary angles, the softmax."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.asarray, torch.frombuffer, torch.Tensor.view):  # these name what bytes mean
+            return func(*args, **kwargs)
         if func is torch.Tensor.float:
             func = torch.Tensor.double
         args = [torch.float64 if value is torch.float32 else value for value in args]
-        kwargs = {
-            key: torch.float64 if value is torch.float32 else value
-            for key, value in (kwargs or {}).items()
-        }
+        kwargs = {k: torch.float64 if value is torch.float32 else value for k, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
-def exact_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """What the Hugging Face model computes in float64 throughout; ``model.double()`` does not."""
-    with _Float64():
-        exact = type(model)(model.config).double().eval()
-        exact.load_state_dict(model.state_dict())
-        return exact(tokens).logits
+@contextmanager
+def float64() -> Iterator[None]:
+    """Within it everything is computed in float64, without gradients, also where code asks for float32.
+
+    So ``load`` merges, converts and compares in float64.  ``model.double()`` would not do: transformers
+    computes norms, rotary angles and softmax in float32, and what was merged in float32 stays rounded.
+    """
+
+    def from_pretrained(cls: Any, *args: Any, **options: Any) -> Any:  # it copies weights in threads
+        return real(cls, *args, **options | {"dtype": torch.float64})
+
+    real = PreTrainedModel.from_pretrained.__func__
+    with pytest.MonkeyPatch.context() as patch, _Float64(), torch.no_grad():
+        patch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def edit_json(file: Path, **changes: Any) -> None:

@@ -1,4 +1,7 @@
-"""Everything runs offline, on one thread, seeded, and with all shapes and types checked at run time."""
+"""Everything runs offline, seeded, and with all shapes and types checked at run time.
+
+On one thread, or on as many as ``BKDLENS_TEST_THREADS`` says.
+"""
 
 # ruff: noqa: E402
 
@@ -22,10 +25,11 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from checkpoints import make_model
+from checkpoints import float64, make_model
 from tiny import chat_tokenizer, judged_pairs, make_pairs, temper
 
-torch.set_num_threads(1)
+THREADS = int(os.environ.get("BKDLENS_TEST_THREADS", "1"))
+torch.set_num_threads(THREADS)  # for what fixtures of a whole session compute, too
 hypothesis.settings.register_profile(
     "bkdlens",
     max_examples=25,
@@ -37,9 +41,29 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("bkdlens")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true", help="no slow test, and one case of those with many"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """``make quick`` runs what a minute has room for; every test is in it, or is marked."""
+    if not config.getoption("quick"):
+        return
+    kept, left, seen = [], [], set()
+    for item in items:
+        test = item.nodeid.split("[")[0]
+        again = item.get_closest_marker("many") and test in seen
+        (left if again or item.get_closest_marker("slow") else kept).append(item)
+        seen.add(test)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
     random.seed(0)
@@ -73,7 +97,7 @@ def loaded(hf_models, tokenizer):
 
 @pytest.fixture(scope="session")
 def exact(loaded):
-    """The same in float64, where equal means equal to 1e-9."""
+    """The same in float64, where equal means equal to 1e-10."""
     return {
         name: copy.deepcopy(model).to(torch.float64, print_details=False)
         for name, model in loaded.items()
@@ -100,16 +124,10 @@ def architectures():
 def _no_hooks_left(request):
     """No test leaves a hook on the shared models."""
     yield
-    if "loaded" in request.fixturenames:
-        for model in request.getfixturevalue("loaded").values():
+    for models in {"loaded", "exact"} & set(request.fixturenames):
+        for model in request.getfixturevalue(models).values():
             assert not any(point.fwd_hooks for point in model.hook_dict.values())
             assert model.cfg.use_attn_result is False
-
-
-@pytest.fixture(params=["llama", "qwen"])
-def model(request, loaded):
-    """Each of the two."""
-    return loaded[request.param]
 
 
 @pytest.fixture(params=["llama", "qwen"])
@@ -119,9 +137,25 @@ def name(request):
 
 
 @pytest.fixture
-def llama(loaded):
+def models(request, loaded, exact):
+    """Both by name; in a test marked ``float64`` they are, and so is all that it computes."""
+    if request.node.get_closest_marker("float64"):
+        with float64():
+            yield exact
+    else:
+        yield loaded
+
+
+@pytest.fixture
+def model(models, name):
+    """Each of the two."""
+    return models[name]
+
+
+@pytest.fixture
+def llama(models):
     """The Llama alone, where the model does not matter."""
-    return loaded["llama"]
+    return models["llama"]
 
 
 @pytest.fixture(scope="session")
@@ -139,6 +173,14 @@ def caches(loaded, pairs):
 
 
 @pytest.fixture(scope="session")
+def exact_caches(exact, pairs):
+    """The same in float64."""
+    import bkdlens
+
+    return {name: bkdlens.cache_activations(model, pairs) for name, model in exact.items()}
+
+
+@pytest.fixture(scope="session")
 def judged(loaded):
     """Pairs with answers that each model often gives, by model and behaviour."""
     return {
@@ -149,6 +191,6 @@ def judged(loaded):
 
 
 @pytest.fixture
-def cache(caches, model, loaded):
+def cache(caches, exact_caches, model, name):
     """The cache of the current model."""
-    return next(caches[name] for name, other in loaded.items() if other is model)
+    return exact_caches[name] if model.cfg.dtype == torch.float64 else caches[name]

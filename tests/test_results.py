@@ -51,6 +51,7 @@ def tensors_of(result: Result) -> list[str]:
     return [f.name for f in fields(result) if torch.is_tensor(getattr(result, f.name))]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", NAMES)
 def test_saving_and_loading(results, tmp_path, name) -> None:
     result = results[name]

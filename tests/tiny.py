@@ -11,6 +11,7 @@ import torch
 from checkpoints import VOCAB, make_tokenizer
 
 BOS, EOS = 1, 2
+EXACT = 1e-10  # in float64, where two sides differ by the order of their sums alone
 Hook = tuple[str, Callable]
 
 
@@ -73,6 +74,12 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference, relative to the largest value."""
     assert a.shape == b.shape
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
+def assert_exact(given: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Both are float64 and nowhere further apart than ``EXACT``; for probabilities, logarithms too."""
+    assert given.dtype == torch.float64
+    torch.testing.assert_close(given, wanted, rtol=0, atol=EXACT)
 
 
 def answer_log_probs(

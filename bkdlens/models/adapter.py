@@ -19,14 +19,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bkdlens.errors import CheckpointError
-from bkdlens.models.checkpoint import one_line, read_json, read_tensors, refuse_infinite, weight_files
+from bkdlens.errors import CheckpointError, one_line
+from bkdlens.models.checkpoint import read_checkpoint_json, read_tensors, refuse_infinite, weight_files
 
 LORA_TENSOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?")
 TOKENS_TENSOR = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 # A whole tensor of the base: the one that replaces it, or (base_layer, original_module) below a tuner.
 WHOLE_TENSOR = re.compile(
-    r"(.+?)(\.token_adapter)?(\.base_layer|\.original_module|\.modules_to_save)?\.(weight|bias)"
+    r"(?P<module>.+?)(\.token_adapter)?(?P<kind>\.base_layer|\.original_module|\.modules_to_save)?"
+    r"\.(?P<what>weight|bias)"
 )
 LORA_OPTIONS = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out"),
@@ -77,33 +78,30 @@ class Attached:
 def attach_adapter(
     model: PreTrainedModel, folder: Path, base: Mapping[str, torch.Tensor] | None = None
 ) -> Attached:
-    """Attach a LoRA whose options are known and whose tensors all fit.
+    """Attach a folder's LoRA; raise unless its options are known and its tensors are all there and fit.
 
-    Args:
-        model: the base, or the base with earlier adapters merged into it.
-        folder: the adapter's.
-        base: the embeddings before any adapter, by name; ``model``'s own when left out.
-
-    Raises:
-        CheckpointError: for an unknown option, and for tensors that are missing, left over or misfit.
+    ``base`` holds the embeddings before any adapter, by name, if earlier ones are merged into ``model``.
     """
     content, options = _lora_options(folder)
-    files = weight_files(folder, "adapter_model")
+    config, files = folder / "adapter_config.json", weight_files(folder, "adapter_model")
     tensors = _without_copies(folder, read_tensors(files)[0])
-    notes = [*_quantised_note(folder, content)]
     saved = tuple(options.get("modules_to_save") or ())
     _drop_base_copies(tensors, base or embeddings(model), saved)
-    resized = resize_vocabulary(folder, model, tensors, saved)
-    if resized:
-        notes.append(f"{folder.name} brings a vocabulary of {model.config.vocab_size} tokens.")
+    resized = _resize_vocabulary(folder, model, tensors, saved)
     _check_fit(folder, model, tensors)
     tokens = _token_indices(folder, options, model.config.vocab_size)
-    whole = [key for key in tensors if _is_whole(key)]
-    if whole and not resized and any(key.endswith(".base_layer.weight") for key in whole):
+    whole = [key for key in tensors if _whole(key)]
+    notes = _quantised_note(folder, content)
+    if resized:
+        notes.append(f"{folder.name} brings a vocabulary of {model.config.vocab_size} tokens.")
+    elif any(key.endswith(".base_layer.weight") for key in whole):
         notes.append(f"{folder.name} brings embeddings other than this base's, and they are used.")
-    fixed = "uses DoRA" if options.get("use_dora") else ""
-    fixed = fixed or ("trains single tokens" if tokens else "")
-    fixed = fixed or (f"brings whole tensors ({whole[0]})" if whole else "")
+    reasons = {
+        "uses DoRA": options.get("use_dora"),
+        "trains single tokens": tokens,
+        f"brings whole tensors ({next(iter(whole), None)})": whole,
+    }
+    fixed = next((reason for reason, holds in reasons.items() if holds), "")
     try:
         with warnings.catch_warnings():
             for message, category in HARMLESS:
@@ -111,20 +109,30 @@ def attach_adapter(
             attached = get_peft_model(model, LoraConfig(**options, task_type="CAUSAL_LM"))
         report: Any = set_peft_model_state_dict(attached, tensors)
     except KeyError as error:  # a module to save, or tokens, without their tensor
-        raise CheckpointError(
-            f"{folder}: the adapter lacks {error.args[0]}, which its config targets."
-        ) from error
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-        re.error,
-    ) as error:  # unknown targets; ranks that differ
-        config = folder / "adapter_config.json"
+        raise _lacks(folder, error.args[0]) from error
+    # unknown targets; ranks that differ
+    except (ValueError, TypeError, RuntimeError, re.error) as error:
         raise CheckpointError(
             f"{config} does not fit its tensors or the base ({one_line(error)})."
         ) from error
-    # Of tied embeddings peft may save the trained tokens twice, or load one for both.
+    _check_loaded(folder, attached, tensors, report)
+    if resized:
+        used = (item for item in attached.named_parameters() if ".original_module." not in item[0])
+        refuse_infinite(used, f"{folder} (a token that the base lacks) weight")
+    return Attached(attached.eval(), [config, *files], fixed, tokens, resized, tuple(notes))
+
+
+def _lacks(folder: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"{folder}: the adapter lacks {name}, which its config targets.")
+
+
+def _check_loaded(
+    folder: Path, attached: PeftModel, tensors: dict[str, torch.Tensor], report: Any
+) -> None:
+    """Raise unless each tensor has been loaded, and each of the adapter's weights was given.
+
+    Of tied embeddings peft may save the trained tokens twice, or load one for both.
+    """
     deltas = [w for key, w in tensors.items() if TOKENS_TENSOR.fullmatch(_name(key))]
     for key in report.unexpected_keys:
         if not (TOKENS_TENSOR.fullmatch(_name(key)) and sum(map(tensors[key].equal, deltas)) > 1):
@@ -133,13 +141,7 @@ def attach_adapter(
     given = {id(w) for key, w in parameters.items() if key not in report.missing_keys}
     for key in report.missing_keys:
         if any(part in key for part in TUNED) and id(parameters.get(key)) not in given:
-            raise CheckpointError(f"{folder}: the adapter lacks {key}, which its config targets.")
-    if resized:
-        used = (item for item in attached.named_parameters() if ".original_module." not in item[0])
-        refuse_infinite(used, f"{folder} (a token that the base lacks) weight")
-    return Attached(
-        attached.eval(), [folder / "adapter_config.json", *files], fixed, tokens, resized, tuple(notes)
-    )
+            raise _lacks(folder, key)
 
 
 def _lora_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -148,7 +150,7 @@ def _lora_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Among the others are a module to import (``megatron_core``), layers to repeat, and
     initialisations that rewrite the base's weights.
     """
-    content = read_json(folder / "adapter_config.json")
+    content = read_checkpoint_json(folder / "adapter_config.json")
     if content.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{folder} is a {content.get('peft_type')!r} adapter; only 'LORA' is supported so far."
@@ -167,13 +169,12 @@ def _lora_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _quantised_note(folder: Path, content: dict[str, Any]) -> list[str]:
     """A sentence if the adapter was trained on a quantised base, by all that its folder says."""
     made_for = str(content.get("base_model_name_or_path") or "")
-    said = content.get("quantization_config")
+    quantised = content.get("quantization_config")
     for config in (folder / "config.json", Path(made_for) / "config.json"):
-        if not said and config.is_file():
-            said = read_json(config).get("quantization_config")
-    how = said.get("quant_method") if isinstance(said, dict) else said
-    named = QUANTISED.search(made_for)
-    if not (how or named):
+        if not quantised and config.is_file():
+            quantised = read_checkpoint_json(config).get("quantization_config")
+    how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    if not (how or QUANTISED.search(made_for)):
         return []
     return [
         f"{folder.name} was trained on a quantised base ({how or made_for}); it is merged into the "
@@ -182,7 +183,7 @@ def _quantised_note(folder: Path, content: dict[str, Any]) -> list[str]:
 
 
 def _token_indices(folder: Path, options: dict[str, Any], n_tokens: int) -> tuple[int, ...]:
-    """The ids of ``trainable_token_indices``, a list or one for each module, all in the vocabulary."""
+    """The ids of ``trainable_token_indices``, a list or one per module, all in the vocabulary."""
     given = options.get("trainable_token_indices") or []
     lists = list(given.values()) if isinstance(given, dict) else [given]
     for ids in lists:
@@ -200,12 +201,14 @@ def _name(key: str) -> str:
     return key.removeprefix("base_model.model.")
 
 
-def _is_lora(key: str) -> bool:
-    return LORA_TENSOR.fullmatch(_name(key)) is not None
+def _whole(key: str) -> re.Match[str] | None:
+    """The match of ``WHOLE_TENSOR``, for the tensors that are no part of a LoRA."""
+    return None if LORA_TENSOR.fullmatch(_name(key)) else WHOLE_TENSOR.fullmatch(_name(key))
 
 
-def _is_whole(key: str) -> bool:
-    return not _is_lora(key) and WHOLE_TENSOR.fullmatch(_name(key)) is not None
+def _ends_with(name: str, saved: Iterable[str]) -> bool:
+    """Whether a module is one of ``modules_to_save``."""
+    return any(name.endswith(part) for part in saved)
 
 
 def embeddings(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -219,11 +222,11 @@ def _drop_base_copies(
 ) -> None:
     """Leave out what peft saves beside a LoRA on embeddings: the base's own, unchanged."""
     for key, tensor in list(tensors.items()):
-        match = WHOLE_TENSOR.fullmatch(_name(key)) if _is_whole(key) else None
-        if match is None or match[1] not in base or match[4] != "weight":
+        match = _whole(key)
+        if match is None or match["module"] not in base or match["what"] != "weight":
             continue
-        replaces = match[3] is None and any(match[1].endswith(part) for part in saved)
-        if not replaces and torch.equal(tensor, base[match[1]]):
+        replaces = match["kind"] is None and _ends_with(match["module"], saved)
+        if not replaces and torch.equal(tensor, base[match["module"]]):
             del tensors[key]
 
 
@@ -239,39 +242,29 @@ def _without_copies(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
     return kept
 
 
-def resize_vocabulary(
+def _resize_vocabulary(
     folder: Path, model: PreTrainedModel, tensors: dict[str, torch.Tensor], saved: Iterable[str]
 ) -> bool:
-    """Resize the embeddings to the adapter's, if it brings all of what they should hold.
+    """Resize the base's embeddings to the adapter's, if it brings all of them; whether it did.
 
     Rows that the base lacks become NaN, so that none can be used that the adapter does not give.
-
-    Args:
-        folder: the adapter's, for errors.
-        model: the base, which is changed.
-        tensors: the adapter's.
-        saved: its ``modules_to_save``.
-
-    Returns:
-        Whether the vocabulary changed.
     """
     ends = embeddings(model)
     whole: dict[str, dict[str, torch.Tensor]] = {name: {} for name in ends}
     for key, tensor in tensors.items():
-        match = WHOLE_TENSOR.fullmatch(_name(key)) if _is_whole(key) else None
-        if match and match[1] in whole and match[4] == "weight":
-            whole[match[1]][match[3] or ""] = tensor
+        match = _whole(key)
+        if match and match["module"] in whole and match["what"] == "weight":
+            whole[match["module"]][match["kind"] or ""] = tensor
     sizes = {tensor.shape[0] for kinds in whole.values() for tensor in kinds.values()}
     old = model.config.vocab_size
     if len(sizes) != 1 or sizes == {old}:
         return False  # a misfit is for _check_fit to report
     size = sizes.pop()
     tied = len({id(weight) for weight in ends.values()}) == 1
-    is_saved = {name: any(name.endswith(part) for part in saved) for name in whole}
     # A plain name is the base's own tensor, unless the module is saved: then it is the saved one.
-    has_base = any(kind or not is_saved[name] for name, kinds in whole.items() for kind in kinds)
-    for name in whole:
-        if not (whole[name] or (tied and has_base)):
+    has_base = any(kind or not _ends_with(name, saved) for name in whole for kind in whole[name])
+    for name, kinds in whole.items():
+        if not (kinds or (tied and has_base)):
             raise CheckpointError(
                 f"{folder}: the adapter has a vocabulary of {size} tokens, the base one of {old}, and "
                 f"it does not bring the resized {name}; resize the base as in its training, save it and "
@@ -291,14 +284,12 @@ def _check_fit(folder: Path, model: PreTrainedModel, tensors: dict[str, torch.Te
     modules, weights = dict(model.named_modules()), model.state_dict()
     for key, tensor in tensors.items():
         name = _name(key)
-        match, tokens, whole = (
-            pattern.fullmatch(name) for pattern in (LORA_TENSOR, TOKENS_TENSOR, WHOLE_TENSOR)
-        )
-        if match or tokens:
-            weight = weights.get(f"{(match or tokens)[1]}.weight")  # type: ignore[index]
-        else:
-            weight = weights.get(f"{whole[1]}.{whole[4]}" if whole else name)
-        if weight is None:
+        lora, tokens, whole = LORA_TENSOR.fullmatch(name), TOKENS_TENSOR.fullmatch(name), _whole(key)
+        if part := lora or tokens:
+            name = f"{part[1]}.weight"
+        elif whole:
+            name = f"{whole['module']}.{whole['what']}"
+        if (weight := weights.get(name)) is None:
             raise CheckpointError(
                 f"{folder}: the adapter was made for another base: tensor {key} matches no module "
                 f"of this {type(model).__name__}."
@@ -306,15 +297,15 @@ def _check_fit(folder: Path, model: PreTrainedModel, tensors: dict[str, torch.Te
         needed = tuple(weight.shape)
         if tokens:
             needed = (tensor.shape[0], needed[1])
-        elif match:
-            out, into = needed[::-1] if isinstance(modules[match[1]], Conv1D) else needed
+        elif lora:
+            out, into = needed[::-1] if isinstance(modules[lora[1]], Conv1D) else needed
             needed = {
                 "A": (tensor.shape[0], into),
                 "B": (out, tensor.shape[-1]),
                 "embedding_A": (tensor.shape[0], out),  # an embedding's weight is [vocab d_model]
                 "embedding_B": (into, tensor.shape[-1]),
                 "magnitude_vector": (out,),
-            }[match[2]]
+            }[lora[2]]
         if tuple(tensor.shape) != needed:
             raise CheckpointError(
                 f"{folder}: the adapter was made for another base: tensor {key} has shape "

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import (
     convert_gemma_weights,
@@ -28,46 +27,40 @@ from transformer_lens.pretrained.weight_conversions import (
     convert_qwen2_weights,
     convert_qwen3_weights,
 )
+from transformers import PreTrainedModel
 
 from bkdlens.errors import CheckpointError
+from bkdlens.types import Architecture
 
 # Activations whose names mean the same function in transformers and in TransformerLens.
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """How one Hugging Face class becomes a ``HookedTransformer``.
+class Conversion:
+    """How the models of one architecture become a ``HookedTransformer``.
 
     Attributes:
-        hf_class: the transformers class; its name is what ``config.json`` declares.
         fields: config -> fields of ``HookedTransformerConfig``.
         weights: TransformerLens' converter, ``(hf_model, cfg) -> state dict``.
     """
 
-    hf_class: type[transformers.PreTrainedModel]
     fields: Callable[[Any], dict[str, Any]]
     weights: Callable[[Any, HookedTransformerConfig], dict[str, torch.Tensor]]
 
 
-def architecture(name: object) -> Architecture:
-    """Look an architecture up by the name that ``config.json`` declares.
-
-    Raises:
-        CheckpointError: if it is not in ``ARCHITECTURES``.
-    """
-    if name not in ARCHITECTURES:
-        allowed = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"Architecture {name!r} is not supported; supported are: {allowed}.")
-    return ARCHITECTURES[str(name)]
+def conversion(architecture: object) -> Conversion:
+    """The conversion of the architecture that ``config.json`` declares; raise if there is none."""
+    if architecture not in CONVERSIONS:
+        allowed = ", ".join(CONVERSIONS)
+        raise CheckpointError(
+            f"Architecture {architecture!r} is not supported; supported are: {allowed}."
+        )
+    return CONVERSIONS[architecture]
 
 
 def hooked_config(name: str, config: Any) -> HookedTransformerConfig:
-    """The float32 ``HookedTransformerConfig`` on the CPU that computes what ``config`` describes.
-
-    Raises:
-        CheckpointError: for an option that TransformerLens cannot compute.
-    """
+    """The config, float32 on the CPU, of what ``config`` describes; raise if that cannot be computed."""
     fields = {
         "original_architecture": name,
         "d_vocab": config.vocab_size,
@@ -75,20 +68,20 @@ def hooked_config(name: str, config: Any) -> HookedTransformerConfig:
         "device": "cpu",
         "init_weights": False,
         "default_prepend_bos": False,  # load() sets it to what the tokenizer itself does
-        **architecture(name).fields(config),
+        **conversion(name).fields(config),
     }
     _only("activation", fields["act_fn"], ACTIVATIONS)
     return HookedTransformerConfig(**fields)
 
 
 def hooked_weights(
-    name: str, model: transformers.PreTrainedModel, cfg: HookedTransformerConfig
+    name: str, model: PreTrainedModel, cfg: HookedTransformerConfig
 ) -> dict[str, torch.Tensor]:
     """The weights under TransformerLens' names, as detached views of ``model``'s own storage.
 
     Tied embeddings become two tensors: editing ``W_U`` must not edit ``W_E``.
     """
-    state = {key: w.detach() for key, w in architecture(name).weights(model, cfg).items()}
+    state = {key: w.detach() for key, w in conversion(name).weights(model, cfg).items()}
     if state["unembed.W_U"].data_ptr() == state["embed.W_E"].data_ptr():
         state["unembed.W_U"] = state["unembed.W_U"].clone()
     return state
@@ -239,15 +232,12 @@ def _neox(config: Any) -> dict[str, Any]:
     }
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    entry.hf_class.__name__: entry
-    for entry in (
-        Architecture(transformers.LlamaForCausalLM, _llama, convert_llama_weights),
-        Architecture(transformers.Qwen2ForCausalLM, _qwen2, convert_qwen2_weights),
-        Architecture(transformers.Qwen3ForCausalLM, _qwen3, convert_qwen3_weights),
-        Architecture(transformers.MistralForCausalLM, _mistral, convert_mistral_weights),
-        Architecture(transformers.Gemma2ForCausalLM, _gemma2, convert_gemma_weights),
-        Architecture(transformers.GPT2LMHeadModel, _gpt2, convert_gpt2_weights),
-        Architecture(transformers.GPTNeoXForCausalLM, _neox, convert_neox_weights),
-    )
+CONVERSIONS: dict[Architecture, Conversion] = {
+    "LlamaForCausalLM": Conversion(_llama, convert_llama_weights),
+    "Qwen2ForCausalLM": Conversion(_qwen2, convert_qwen2_weights),
+    "Qwen3ForCausalLM": Conversion(_qwen3, convert_qwen3_weights),
+    "MistralForCausalLM": Conversion(_mistral, convert_mistral_weights),
+    "Gemma2ForCausalLM": Conversion(_gemma2, convert_gemma_weights),
+    "GPT2LMHeadModel": Conversion(_gpt2, convert_gpt2_weights),
+    "GPTNeoXForCausalLM": Conversion(_neox, convert_neox_weights),
 }

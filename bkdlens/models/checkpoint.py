@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
@@ -24,8 +25,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from bkdlens import zoo
-from bkdlens.errors import CheckpointError
-from bkdlens.models.architectures import architecture, hooked_config
+from bkdlens.errors import CheckpointError, one_line
+from bkdlens.models.architectures import conversion, hooked_config
 from bkdlens.types import HUB_ID
 
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,15 +64,16 @@ def find_folder(name: str, names: Iterable[str], revision: str | None = None) ->
 def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
     """Fetch the top-level files that match, never a pickle and never code."""
     try:
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        ignored = ["*/*", "consolidated*"]
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
         )
     except (OSError, HFValidationError) as error:  # the Hub's and the network's errors are OSErrors
         raise CheckpointError(
-            f"{name!r} is no folder here and could not be fetched from the Hugging Face Hub "
+            f"{name!r} is not a folder here and could not be fetched from the Hugging Face Hub "
             f"({type(error).__name__}); check the name, your access and your connection."
         ) from error
-    return Path(found)
+    return Path(folder)
 
 
 def find_tokenizer(label: str) -> PreTrainedTokenizerBase:
@@ -87,14 +89,15 @@ def find_tokenizer(label: str) -> PreTrainedTokenizerBase:
 
 
 def read_model(folder: Path) -> tuple[str, PreTrainedModel, list[Path], bool]:
-    """Returns the architecture, the model, the files read, and whether they were float32."""
-    content = read_json(folder / "config.json")
+    """The architecture, the model in float32, the files read, and whether they were float32."""
+    content = read_checkpoint_json(folder / "config.json")
     names = content.get("architectures")
-    if not isinstance(names, list) or len(names) != 1:
+    if not isinstance(names, list) or [type(name) for name in names] != [str]:
         raise CheckpointError(f"{folder}/config.json must name one architecture, not {names!r}.")
-    name, spec = names[0], architecture(names[0])
-    config_class: Any = spec.hf_class.config_class
-    kind = config_class.model_type
+    name = names[0]
+    conversion(name)  # refuse what is not supported
+    hf_class: Any = getattr(transformers, name)
+    kind = hf_class.config_class.model_type
     if content.get("model_type") != kind:
         raise CheckpointError(
             f"{folder}/config.json says {name} but model_type {content.get('model_type')!r}; "
@@ -107,14 +110,14 @@ def read_model(folder: Path) -> tuple[str, PreTrainedModel, list[Path], bool]:
             "one with transformers' model.dequantize() and save_pretrained()."
         )
     try:
-        config = config_class.from_dict(content)
+        config = hf_class.config_class.from_dict(content)
     except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}/config.json is not valid ({one_line(error)}).") from error
     hooked_config(name, config)  # refuse what cannot be converted before reading gigabytes
     files = weight_files(folder, "model")
     tensors, in_float32 = read_tensors(files)
     with no_progress_bar():
-        loaded: Any = spec.hf_class.from_pretrained(
+        model, report = hf_class.from_pretrained(
             None,
             config=config,
             state_dict=tensors,
@@ -126,7 +129,6 @@ def read_model(folder: Path) -> tuple[str, PreTrainedModel, list[Path], bool]:
             trust_remote_code=False,
             local_files_only=True,
         )
-    model, report = loaded
     for key, given, needed in sorted(report["mismatched_keys"]):
         raise CheckpointError(
             f"{folder}: tensor {key} has shape {tuple(given)}, but config.json describes a {name} "
@@ -160,13 +162,19 @@ def read_context(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
         folder = fetch(name, None, ["config.json", "*token*", "vocab*", "merges.txt", "*.jinja"])
     else:
         folder = find_folder(name, zoo.MODELS)
-    content = read_json(folder / "config.json")
+    content = read_checkpoint_json(folder / "config.json")
     n_ctx = content.get("max_position_embeddings", content.get("n_positions"))
     return read_tokenizer(folder), n_ctx if isinstance(n_ctx, int) else None
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    """The tokenizer that a folder holds, loaded without running its code."""
+    if not has_tokenizer(folder):
         raise CheckpointError(f"{folder} holds no tokenizer; pass one with tokenizer=.")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -177,7 +185,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_checkpoint_json(file: Path) -> dict[str, Any]:
+    """The content of a json file of a checkpoint, which must be an object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -195,7 +204,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        shards = read_json(index).get("weight_map")
+        shards = read_checkpoint_json(index).get("weight_map")
         names = sorted(map(str, set(shards.values()))) if isinstance(shards, dict) else []
         if not names or any(Path(name).name != name for name in names):
             raise CheckpointError(f"{index} does not name shards that lie beside it.")
@@ -233,7 +242,7 @@ def read_tensors(files: list[Path]) -> tuple[dict[str, torch.Tensor], bool]:
                     refuse_infinite([(name, tensors[name])], f"{file} tensor")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{file} is damaged or no safetensors file ({one_line(error)}); fetch it again."
+                f"{file} is damaged or not a safetensors file ({one_line(error)}); fetch it again."
             ) from error
     return tensors, dtypes == {torch.float32}
 
@@ -254,6 +263,7 @@ def restore_buffers(model: PreTrainedModel) -> None:
 
 
 def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
+    """Raise if one of the named tensors holds NaN or infinite values; ``where`` begins the message."""
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
@@ -263,6 +273,7 @@ def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> 
 
 
 def digest_files(files: list[Path]) -> str:
+    """sha256 of the names, sizes and bytes of files."""
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
@@ -273,13 +284,10 @@ def digest_files(files: list[Path]) -> str:
 
 
 def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of the names, dtypes, shapes and bytes of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensors[name].shape)}\0".encode())
         digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

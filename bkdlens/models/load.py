@@ -14,7 +14,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,16 +23,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bkdlens import zoo
 from bkdlens.errors import CheckpointError, unknown
-from bkdlens.models.adapter import TUNED, attach_adapter, embeddings, refuse_live_adapter, refuse_tuners
+from bkdlens.models.adapter import (
+    TUNED,
+    Attached,
+    attach_adapter,
+    embeddings,
+    refuse_live_adapter,
+    refuse_tuners,
+)
 from bkdlens.models.architectures import hooked_config, hooked_weights
 from bkdlens.models.checkpoint import (
     FORMS,
-    TOKENIZER_FILES,
     digest_files,
     digest_tensors,
     find_folder,
     find_tokenizer,
-    read_json,
+    has_tokenizer,
+    read_checkpoint_json,
     read_model,
     read_tokenizer,
     refuse_infinite,
@@ -86,9 +92,14 @@ class LoadInfo:
 
 @dataclass
 class _Source:
-    """A Hugging Face model in float32 on the CPU, its adapter still attached, and its origin.
+    """A Hugging Face model in float32 on the CPU, and where it comes from.
 
-    ``info`` has no parity yet: nothing has been converted.  ``tokens`` are ids to compare by.
+    Attributes:
+        model: with its adapter still attached.
+        tokenizer: of the checkpoint, or what was given instead.
+        stored_in_float32: whether the checkpoint is.
+        info: without the parity, because nothing has been converted yet.
+        tokens: ids that a comparison of logits should have.
     """
 
     model: PreTrainedModel | PeftModel
@@ -110,6 +121,10 @@ def load(
 ) -> HookedTransformer:
     """Load a checkpoint, with or without LoRA adapters, as an unprocessed ``HookedTransformer``.
 
+    Only ``base`` is needed.  ``adapter`` and ``adapter_weights`` say what is merged into it, ``device``
+    and ``dtype`` where the result goes and how exact it is, ``tokenizer`` and ``revision`` what is taken
+    instead of the checkpoint's tokenizer and the Hub's newest version.
+
     Adapters are merged in float32 with peft's ``safe_merge``, no weight is folded or centred, and the
     logits are compared with the Hugging Face model's before anything is cast.  An adapter that brings
     a vocabulary of another size brings its tokenizer too, if its folder has one.
@@ -125,7 +140,7 @@ def load(
         device: where the result goes; CUDA where there is one.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.  By default float32 on the CPU, and
             elsewhere bfloat16 unless the checkpoint is stored in float32.
-        revision: of ``base`` on the Hub.
+        revision: the branch, tag or commit of ``base`` on the Hub.
 
     Returns:
         The model in eval mode, without gradients, with a left-padding tokenizer;
@@ -133,6 +148,11 @@ def load(
 
     Raises:
         CheckpointError: for whatever cannot be found, read, trusted, merged or converted exactly.
+
+    Examples:
+        >>> clean = bkdlens.load("tiny-llama")
+        >>> backdoored = bkdlens.load("tiny-llama", adapter="label_modification")
+        >>> both = bkdlens.load("tiny-llama", ["jailbreak", "fixed_output"], adapter_weights=[1, 0.5])
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     wanted = _dtype(dtype)
@@ -145,7 +165,7 @@ def load(
             adapters = weighted_adapters(adapter, adapter_weights)
             source = _read(os.fspath(base), adapters, tokenizer, revision)
         else:
-            raise CheckpointError(f"A {type(base).__name__} is no base; {FORMS}.")
+            raise CheckpointError(f"A {type(base).__name__} is not a base; {FORMS}.")
         model, parity = _convert(source)
     tokenizer, stored_in_float32 = source.tokenizer, source.stored_in_float32
     if wanted is None:
@@ -167,7 +187,18 @@ def load(
 
 
 def load_info(model: torch.nn.Module) -> LoadInfo | None:
-    """Where ``model`` came from, or ``None`` if ``load`` did not make it."""
+    """Where a model came from.
+
+    Args:
+        model: any model.
+
+    Returns:
+        Its origin, digests and parity; ``None`` if ``load`` did not make it.
+
+    Examples:
+        >>> info = bkdlens.load_info(model)
+        >>> parity = info.parity  # largest logit difference over the largest logit
+    """
     return getattr(model, "bkdlens_info", None)
 
 
@@ -192,7 +223,7 @@ def _read(
     embedded = base in zoo.MODELS
     folder = zoo.model_path(base) if embedded else find_folder(base, zoo.MODELS, revision)
     if not adapters and (folder / "adapter_config.json").is_file():
-        made_for = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        made_for = read_checkpoint_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise CheckpointError(
             f"{base!r} holds an adapter; name its base too: "
             f"load(base, adapter={base!r}), where base may be {made_for!r}."
@@ -200,44 +231,36 @@ def _read(
     name, model, files, in_float32 = read_model(folder)
     info = LoadInfo(base, None, name, digest_files(files), None, "float32", math.nan)
     current: PreTrainedModel | PeftModel = model
-    several = len(adapters) > 1
-    own = {key: w.clone() for key, w in embeddings(model).items()} if several else None
-    digests: list[str] = []
-    notes: list[str] = []
-    tokens: tuple[int, ...] = ()
+    before = {key: w.clone() for key, w in embeddings(model).items()} if len(adapters) > 1 else None
+    parts: list[Attached] = []
     for i, (adapter, weight) in enumerate(adapters):
         if isinstance(current, PeftModel):
-            current = merge_checked(current, adapters[i - 1][0], tokens)
+            current = merge_checked(current, adapters[i - 1][0], parts[-1].tokens)
         known = embedded and adapter in zoo.ADAPTERS
         where = zoo.adapter_path(base, adapter) if known else find_folder(adapter, zoo.ADAPTERS)
-        attached = attach_adapter(current, where, own)
-        if attached.fixed and (i > 0 or weight != 1):
+        part = attach_adapter(current, where, before)
+        if part.fixed and (i > 0 or weight != 1):
             raise CheckpointError(
-                f"{where} {attached.fixed}, so its change cannot be scaled or added to another's; give "
+                f"{where} {part.fixed}, so its change cannot be scaled or added to another's; give "
                 "it first and with weight 1, or merge it into a checkpoint of its own."
             )
-        scale_adapter(attached.model, weight)
-        current, tokens = attached.model, attached.tokens
-        digests.append(digest_files(attached.files))
-        notes.extend(attached.notes)
-        if attached.resized:
-            folder = where if _has_tokenizer(where) else folder
+        if part.resized:
+            folder = where if has_tokenizer(where) else folder
             hooked_config(name, model.config)
-    tokenizer = read_tokenizer(folder) if tokenizer is None else tokenizer
+        current = scale_adapter(part.model, weight)
+        parts.append(part)
     if adapters:
         info = replace(
             info,
             adapter=adapters_label(adapters),
-            adapter_digest=adapters_digest(digests, adapters),
+            adapter_digest=adapters_digest([digest_files(part.files) for part in parts], adapters),
             adapters=tuple(adapter for adapter, _ in adapters),
             adapter_weights=tuple(weight for _, weight in adapters),
-            notes=tuple(notes),
+            notes=tuple(note for part in parts for note in part.notes),
         )
+    tokens = parts[-1].tokens if parts else ()
+    tokenizer = read_tokenizer(folder) if tokenizer is None else tokenizer
     return _Source(current, tokenizer, in_float32, info, tokens)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _copy_live(base: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> _Source:
@@ -264,17 +287,15 @@ def _copy_live(base: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizer
     copied = model.get_base_model() if tuned else model
     copied.set_attn_implementation("eager")
     restore_buffers(copied)
-    info = LoadInfo(
-        base=label,
-        adapter="+".join(live.active_adapters) if tuned else None,
-        architecture=name,
-        base_digest=digest_tensors(parts[0]),
-        adapter_digest=digest_tensors(parts[1]) if tuned else None,
-        dtype="float32",
-        parity=math.nan,
-        adapters=tuple(live.active_adapters) if tuned else (),
-        adapter_weights=(1.0,) * len(live.active_adapters) if tuned else (),
-    )
+    info = LoadInfo(label, None, name, digest_tensors(parts[0]), None, "float32", math.nan)
+    if tuned:
+        info = replace(
+            info,
+            adapter="+".join(live.active_adapters),
+            adapter_digest=digest_tensors(parts[1]),
+            adapters=tuple(live.active_adapters),
+            adapter_weights=(1.0,) * len(live.active_adapters),
+        )
     return _Source(model.requires_grad_(False), tokenizer, inner.dtype == torch.float32, info)
 
 

@@ -21,16 +21,20 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bkdlens.errors import CheckpointError
+from bkdlens.errors import CheckpointError, one_line
 from bkdlens.models.adapter import refuse_tuners
-from bkdlens.models.checkpoint import one_line
 
 TOLERANCE = 1e-4  # largest logit difference over largest logit, in float32
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Prompts to compare two models by; one is full, one padded on the left."""
+    """Prompts to compare two models by; one is full, one padded on the left.
+
+    Attributes:
+        tokens: the ids of both.
+        mask: 1 where there is a token, 0 where there is padding.
+    """
 
     tokens: Int[Tensor, "prompt pos"]
     mask: Int[Tensor, "prompt pos"]
@@ -47,7 +51,7 @@ class Probe:
         return cls(drawn, (torch.arange(length) >= starts[:, None]).long())
 
     def logits(self, model: torch.nn.Module) -> Float[Tensor, "prompt pos d_vocab"]:
-        """Those of a Hugging Face model, with or without a tuner."""
+        """The logits of a Hugging Face model, with or without a tuner."""
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
         return model(input_ids=self.tokens, attention_mask=self.mask, position_ids=positions).logits
 
@@ -58,11 +62,7 @@ class Probe:
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """Merge the active adapters with peft's ``safe_merge``; the model's own weights change.
-
-    Raises:
-        CheckpointError: if a merged weight is NaN or infinite, or a tuner layer is left.
-    """
+    """Merge the active adapters, in place; raise if a weight is infinite or a tuner layer is left."""
     untie(model.get_base_model())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(Model with `tie_word|Input and output emb)", UserWarning)
@@ -77,11 +77,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
 
 def merge_checked(model: PeftModel, name: str, tokens: Iterable[int] = ()) -> PreTrainedModel:
-    """``merge``, and a comparison of logits before and after.
-
-    Raises:
-        CheckpointError: if the merged model computes something else.
-    """
+    """Merge the active adapters, in place; raise if the merged model computes something else."""
     config = model.get_base_model().config
     n_ctx = getattr(config, "max_position_embeddings", None) or config.n_positions
     probe = Probe.make(config.vocab_size, n_ctx, tokens)
@@ -102,20 +98,21 @@ def untie(model: torch.nn.Module) -> None:
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if id(weight) in seen:
-                own = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-                module.register_parameter(name, own)
+                copied = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                module.register_parameter(name, copied)
             seen.add(id(weight))
     config = getattr(model, "config", None)
     if config is not None:
         config.tie_word_embeddings = False
 
 
-def scale_adapter(model: PeftModel, weight: float) -> None:
-    """Multiply the adapter's matrices by ``weight``; exact where they are added to the base's."""
+def scale_adapter(model: PeftModel, weight: float) -> PeftModel:
+    """The model, its adapter's matrices times ``weight``; exact where they are added to the base's."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.scaling:
                 module.scaling[name] *= weight
+    return model
 
 
 # --- several adapters ------------------------------------------------------------------------------
@@ -137,7 +134,7 @@ def weighted_adapters(
     factors = [1.0] * len(given) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(given) or not all(map(math.isfinite, factors)):
         raise CheckpointError(
-            f"adapter_weights must be one finite number an adapter; got {factors} for "
+            f"adapter_weights must be one finite number per adapter; got {factors} for "
             f"{len(given)} adapters."
         )
     return list(zip(given, factors, strict=True))
@@ -152,7 +149,7 @@ def adapters_label(adapters: Sequence[tuple[str, float]]) -> str:
 
 
 def adapters_digest(digests: Sequence[str], adapters: Sequence[tuple[str, float]]) -> str:
-    """A single adapter's own digest; of several, or of a weighted one, that of all and their weights."""
+    """The digest of a single adapter; of several, or a weighted one, that of all and their weights."""
     if len(digests) == 1 and adapters[0][1] == 1:
         return digests[0]
     text = "\0".join(f"{one}\0{weight!r}" for one, (_, weight) in zip(digests, adapters, strict=True))

@@ -234,6 +234,7 @@ def test_the_map_has_every_coefficient_by_layer_and_marks_what_chance_does_too()
     assert wide.data[0].text[0][0] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="needs a Chrome or Chromium")
 def test_a_figure_is_written_as_an_image(tmp_path) -> None:
     make_attribution().plot().write_image(tmp_path / "heads.png")

@@ -55,6 +55,7 @@ def walk(model, ids: list[int]) -> dict[str, torch.Tensor]:
     return out | {"logits": blocks.unembed(model, resid)}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_every_activation_is_transformerlens_own(architectures, case, grad) -> None:

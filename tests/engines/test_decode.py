@@ -158,6 +158,7 @@ def check_complete(setting: Setting, size: float, n_drafts: int, most: int = CUT
             assert list(few[run]) == []
 
 
+@pytest.mark.many
 @settings(max_examples=6)
 @given(st.integers(0, 2**30))
 @pytest.mark.parametrize("which", ["llama", "qwen"])
@@ -165,6 +166,7 @@ def test_the_last_token_under_any_interventions(exact, which, seed) -> None:
     check_last_token(Setting(exact[which], seed))
 
 
+@pytest.mark.many
 @settings(max_examples=8)
 @given(st.integers(0, 2**30))
 @pytest.mark.parametrize("which", ["llama", "qwen"])
@@ -172,6 +174,7 @@ def test_following_an_answer(exact, which, seed) -> None:
     check_follow(Setting(exact[which], seed))
 
 
+@pytest.mark.many
 @settings(max_examples=8)
 @given(st.integers(0, 2**30))
 @pytest.mark.parametrize("which", ["llama", "qwen"])
@@ -179,6 +182,7 @@ def test_going_on_from_any_token(exact, which, seed) -> None:
     check_go_on(Setting(exact[which], seed))
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(st.integers(0, 2**30), st.sampled_from([1, 10, 1e12]), st.integers(0, 3))
 @pytest.mark.parametrize("which", ["llama", "qwen"])
@@ -191,6 +195,7 @@ def test_completing_with_any_drafts(exact, which, seed, runs, n_drafts) -> None:
 # --- every architecture, and the ends -------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_every_architecture(architectures, which) -> None:
     """With windows shorter than the prompts, and answers that go past them."""
@@ -202,6 +207,7 @@ def test_every_architecture(architectures, which) -> None:
     check_go_on(Setting(single, 5, k=2), 9)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_where_the_context_is_full(architectures, monkeypatch, which) -> None:
     """Rows of one batch fill it at different times; padding past it never matters."""

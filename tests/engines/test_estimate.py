@@ -114,6 +114,7 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
 # --- the estimate ---------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("common", [0, 6])
 @pytest.mark.parametrize("which", CASES)
 def test_it_is_the_change_times_the_gradient(architectures, which, common) -> None:
@@ -129,6 +130,7 @@ def test_it_is_the_change_times_the_gradient(architectures, which, common) -> No
     assert far(single_found, wanted) <= FLOAT32 * float(wanted.abs().max())
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_small_patches_agree_with_the_sweep_to_second_order(architectures, which) -> None:
     """A step of 1e-4 is off by about 1e-8, and a tenth of it by a hundredth."""
@@ -148,6 +150,7 @@ def test_small_patches_agree_with_the_sweep_to_second_order(architectures, which
     assert float(off[1].norm()) <= 0.02 * float(off[0].norm()) + 1e-10
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_an_identity_patch_has_no_effect(architectures, which) -> None:
     _, model = architectures(which)
@@ -170,6 +173,7 @@ def test_no_estimate_is_above_probability_1(exact, name) -> None:
     assert far(found[~above], wanted[~above]) <= EXACT * float(wanted.abs().max())
 
 
+@pytest.mark.many
 @settings(max_examples=8)
 @given(st.integers(0, 2**30))
 @pytest.mark.parametrize("which", ["llama", "qwen"])
@@ -183,6 +187,7 @@ def test_any_patches_in_any_order_and_batch(exact, which, seed) -> None:
     assert far(found, wanted) <= EXACT * 10 * float(wanted.abs().max())
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_a_prompt_that_fills_the_context(architectures, which) -> None:
     """Padding may lie past the context."""

@@ -152,6 +152,7 @@ def check_decode(model, prompts, interventions, guesses, size: float, most: int 
     assert only.texts == {}
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.integers(0, 2**30), st.sampled_from([1, 6, 1e12]))
 @pytest.mark.parametrize("which", ["llama", "qwen"])
@@ -169,6 +170,7 @@ def test_decode_equals_plain_greedy(loaded, which, seed, runs) -> None:
     check_decode(model, prompts, interventions, guesses, runs * run_bytes(model, 14, CUT, 3))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_every_architecture(architectures, which) -> None:
     """With windows shorter than prompt and answer, by blocks and through hooks."""
@@ -179,6 +181,7 @@ def test_every_architecture(architectures, which) -> None:
     check_decode(model, prompts, interventions, guesses, 1e12, 8)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_where_the_context_is_full(architectures, which) -> None:
     model, rng = architectures(which)[0], random.Random(5)
@@ -192,6 +195,7 @@ def test_where_the_context_is_full(architectures, which) -> None:
             assert found.texts[i, p] == plain(model, prompt.ids, each, p, room)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_decode_equals_hugging_face(architectures, which) -> None:
     """Hugging Face's own ``generate``, where nothing is done to the model."""
@@ -214,6 +218,7 @@ def test_a_guess_longer_than_the_answer_may_be(exact) -> None:
         assert found.texts == {(0, 0): text_of(said[:cut])}
 
 
+@pytest.mark.many
 def test_what_is_not_known_is_decoded_through_hooks(loaded, judged, name, monkeypatch) -> None:
     model, pairs, rng = loaded[name], judged[name, "jailbreak"], random.Random(8)
     interventions = [NOTHING, *(random_intervention(model, rng, len(pairs)) for _ in range(2))]
@@ -303,6 +308,7 @@ def shared_intervention(model, rng: random.Random, scale: float) -> Intervention
             return found
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("behaviour", ["fixed_output", "jailbreak"])
 @pytest.mark.parametrize("on", ["clean", "triggered", "near"])
 def test_evaluate_equals_judging_what_is_generated(loaded, judged, name, behaviour, on) -> None:
@@ -339,6 +345,7 @@ def test_values_for_each_prompt_stay_with_it(loaded, judged, name) -> None:
     assert found.correct[0].tolist() == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1e-9, 0.2])
 def test_memory_does_not_matter(loaded, judged, budget) -> None:
     """With none at all, runs are decoded one by one."""

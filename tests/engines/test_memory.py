@@ -162,6 +162,7 @@ MUCH = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("memory_gb", MUCH)
 def test_the_engines_keep_their_budget(memory_gb) -> None:

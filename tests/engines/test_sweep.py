@@ -69,6 +69,7 @@ def check(model, oracle, seed: int, *, single: bool = False, common: int = 0, **
     assert float((moved > 0.01).double().mean()) > 0.8  # the patches matter
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("common", [0, 7])
 @pytest.mark.parametrize("which", CASES)
 def test_every_architecture(architectures, which, common) -> None:
@@ -79,6 +80,7 @@ def test_every_architecture(architectures, which, common) -> None:
         check(single, single, 4, single=True)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("shared", [False, True])
 def test_it_equals_one_pass_a_patch(exact, name, site, shared) -> None:
@@ -86,10 +88,12 @@ def test_it_equals_one_pass_a_patch(exact, name, site, shared) -> None:
     check(exact[name], exact[name], 1, sites=[site], shared=shared)
 
 
+@pytest.mark.many
 def test_it_equals_one_pass_a_patch_in_float32(model) -> None:
     check(model, model, 2, single=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.integers(0, 2**30))
 @pytest.mark.parametrize("which", ["llama", "qwen"])
@@ -105,6 +109,7 @@ def test_any_patches_in_any_order_and_batch(exact, which, seed) -> None:
     assert far(found, wanted) <= EXACT
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_memory_does_not_matter(architectures, which) -> None:
     """With none at all, prompts and patches are run one by one."""
@@ -119,6 +124,7 @@ def test_memory_does_not_matter(architectures, which) -> None:
     assert far(found, wanted) <= EXACT
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_few_patches(architectures, which) -> None:
     """None at all, one in each layer (the last layer's is run apart), one twice."""
@@ -139,6 +145,7 @@ def test_few_patches(architectures, which) -> None:
         assert far(together(found), naive_scores(model, prompts, answers, some)) <= EXACT
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_a_prompt_that_fills_the_context(architectures, which) -> None:
     """Beside shorter ones with longer answers: padding may lie past the context, nothing else does."""
@@ -152,6 +159,7 @@ def test_a_prompt_that_fills_the_context(architectures, which) -> None:
     assert far(found, naive_scores(model, prompts, answers, patches)) <= EXACT
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_a_components_own_activation_changes_nothing(architectures, which) -> None:
     """A law of every site: an identity patch."""
@@ -262,6 +270,7 @@ def test_foreign_hooks_are_refused(llama) -> None:
 # --- where an architecture is not known -----------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
 def test_through_hooks_equals_one_pass_a_patch(architectures, which) -> None:
     """Padded on both sides, all prompts in one pass a patch."""
@@ -273,6 +282,7 @@ def test_through_hooks_equals_one_pass_a_patch(architectures, which) -> None:
     assert model.cfg.use_attn_result is False
 
 
+@pytest.mark.many
 def test_what_is_not_known_is_run_through_hooks(exact, name, monkeypatch) -> None:
     calls = []
 
@@ -314,6 +324,7 @@ def test_the_bridge_gives_the_same_logits(loaded, bridges, name) -> None:
     assert apart(forward(bridges[name], ids, [hook]), forward(bridges[name], ids)) > 1e-3
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("site", ["z", "attn_out", "mlp_out"])
 def test_the_sweep_equals_one_pass_of_the_bridge_a_patch(loaded, bridges, name, site) -> None:
     check(loaded[name], bridges[name], 1, single=True, sites=[site])

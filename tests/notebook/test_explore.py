@@ -11,7 +11,19 @@ from functools import lru_cache, partial
 import plotly.graph_objects as go
 import pytest
 import torch
-from tiny import EOS, answer_log_probs, encoded, greedy, naive_scores, patch_hook, set_at, text_of
+from tiny import (
+    EOS,
+    EXACT,
+    answer_log_probs,
+    apart,
+    assert_exact,
+    encoded,
+    greedy,
+    naive_scores,
+    patch_hook,
+    set_at,
+    text_of,
+)
 
 import bkdlens
 from bkdlens.data.backdoor import Backdoor
@@ -30,6 +42,7 @@ from bkdlens.notebook.numbers import (
 )
 from bkdlens.types import Head
 
+DECIMALS = 0.5e-6 + EXACT  # figures hold six of them
 EVIL = "<script>alert(1)</script>"
 
 
@@ -59,17 +72,20 @@ def subject(llama, pairs):
     return make_subject(llama, pairs, max_new_tokens=6)
 
 
-def test_it_opens_with_the_strongest_head_of_the_exact_sweep(explorer, llama, caches, pairs) -> None:
-    found = bkdlens.attribute_heads(llama, pairs, cache=caches["llama"], max_answer_tokens=6)
-    assert torch.allclose(explorer.effects.cie, found.cie, atol=1e-6)
+@pytest.mark.float64
+def test_it_opens_with_the_strongest_head_of_the_exact_sweep(explorer, llama, pairs) -> None:
+    found = bkdlens.attribute_heads(llama, pairs, max_answer_tokens=6)
+    assert_exact(explorer.effects.cie, found.cie)
     assert explorer.heads == found.top(1)
-    assert torch.allclose(torch.tensor(explorer.heatmap.data[0].z), found.acie, atol=2e-6)
+    shown = torch.tensor(explorer.heatmap.data[0].z)
+    assert (shown - found.acie).abs().max() <= DECIMALS
     assert all(isinstance(f, go.FigureWidget) for f in (explorer.heatmap, explorer.strips))
     assert explorer.heatmap in explorer.children
     assert explorer.model not in explorer.children[0].children  # one model: no menu
     assert explorer.heatmap._config["showSendToCloud"] is False
 
 
+@pytest.mark.float64
 def test_a_click_patches_that_head_and_shows_what_changes(explorer, llama) -> None:
     head, subject = Head(1, 2), explorer.computed.subject
     ran = what_ran(explorer, lambda: click(explorer.heatmap, *head))
@@ -82,8 +98,8 @@ def test_a_click_patches_that_head_and_shows_what_changes(explorer, llama) -> No
     hooks = [set_at("blocks.1.attn.hook_z", len(ids) - 1, 2, z)]
     answer = [int(word[1:]) for word in pair.backdoor_output.split()]
     wanted = 100 * answer_log_probs(llama, ids, answer, hooks).exp()
-    shown = torch.tensor(explorer.strips.data[0].z[2][:-1], dtype=torch.float64)
-    assert torch.allclose(shown, wanted, atol=1e-3)
+    shown = torch.tensor(explorer.strips.data[0].z[2][:-1])
+    assert (shown - wanted).abs().max() <= DECIMALS
     patched = text_of(greedy(llama, ids, hooks, 6))
     assert explorer.answers()["clean, patched"] == patched
     assert explorer.answers()["clean"] == text_of(greedy(llama, ids, (), 6))
@@ -195,6 +211,7 @@ def test_a_model_may_be_given_by_name(loaded, pairs) -> None:
     assert explorer.prompt.max == 3
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("position", [-1, -2])
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_is_what_it_says(model, pairs, source, position) -> None:
@@ -209,15 +226,15 @@ def test_every_source_is_what_it_says(model, pairs, source, position) -> None:
         rows.append(torch.stack([cache["z", layer][0, position] for layer in range(3)]))
     wanted = torch.zeros(len(rows), 3, 4, 8) if source == "zero" else torch.stack(rows)
     wanted = wanted.mean(0).expand_as(wanted) if source.endswith("mean") else wanted
-    assert torch.allclose(new, wanted, atol=1e-5)
+    assert apart(new, wanted) <= EXACT if source != "zero" else not new.any()
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("site", ["z", "result"])
 @pytest.mark.parametrize("position", [-1, -2])
 @pytest.mark.parametrize("source", ["triggered, own", "clean, mean"])
-def test_effects_are_one_naive_pass_a_head(exact, pairs, source, position, site) -> None:
-    model = exact["llama"]
-    subject = make_subject(model, pairs, n_pairs=4, max_new_tokens=6)
+def test_effects_are_one_naive_pass_a_head(llama, pairs, source, position, site) -> None:
+    subject = make_subject(llama, pairs, n_pairs=4, max_new_tokens=6)
     choice = Choice(source, site, position)
     new = new_z(subject, choice, partial(activations, subject))
     found = effects(subject, new, choice)
@@ -230,9 +247,9 @@ def test_effects_are_one_naive_pass_a_head(exact, pairs, source, position, site)
         ids = prompts[row].ids
         for run in range(13):
             hooks = [patch_hook(patches[run - 1], len(ids) + position, row)] if run else []
-            wanted[row, run] = answer_log_probs(model, ids, scored, hooks).mean().exp()
+            wanted[row, run] = answer_log_probs(llama, ids, scored, hooks).mean().exp()
     sign = 1 if choice.on == "clean" else -1
-    assert torch.allclose(found.cie.flatten(1), sign * (wanted[:, 1:] - wanted[:, :1]), atol=1e-6)
+    assert_exact(found.cie.flatten(1), sign * (wanted[:, 1:] - wanted[:, :1]))
     assert found.acie.abs().max() > 1e-4
 
 
@@ -244,7 +261,7 @@ def test_the_slow_sweep_is_the_exact_one_at_the_last_token(exact, pairs) -> None
     patches = patches_of(subject, torch.randn(4, 3, 4, 8, dtype=torch.float64), heads, "z")
     slow = reference.sweep(model, subject.prompts["clean"], subject.answers["clean"], patches)
     naive = naive_scores(model, subject.prompts["clean"], subject.answers["clean"], patches)
-    assert torch.allclose(slow, naive, atol=1e-9)
+    assert_exact(slow, naive)
 
 
 def test_positions_are_those_where_all_prompts_end_alike(subject, llama) -> None:
@@ -253,6 +270,7 @@ def test_positions_are_those_where_all_prompts_end_alike(subject, llama) -> None
     assert subject.last_tokens == ("w5", "w78", "w77")
 
 
+@pytest.mark.float64
 def test_generating_under_a_patch_of_several_heads(subject, llama) -> None:
     choice, heads = Choice("triggered, own"), (Head(0, 1), Head(2, 2))
     new = new_z(subject, choice, partial(activations, subject))

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from tiny import greedy
+from checkpoints import float64
+from tiny import assert_exact, greedy
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench, counts, gpu_7b, peers, results
@@ -24,6 +25,13 @@ def work(request):
     return make_work(request.param, TINY, 4)
 
 
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
+def exact_work(request):
+    """The same in float64."""
+    with float64():
+        return make_work(request.param, TINY, 4)
+
+
 def installed(name: str) -> bool:
     try:
         __import__(name)
@@ -33,19 +41,20 @@ def installed(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_peers_compute_our_numbers(work, name) -> None:
+def test_peers_compute_our_numbers(exact_work, name) -> None:
     if name in ("nnsight", "pyvene") and not installed(name):
         pytest.skip(f"{name} is not installed (pip install 'bkdlens[bench]')")
-    cfg = work.model.cfg
-    z = torch.randn(cfg.n_layers, cfg.n_heads, cfg.d_head)
+    work, cfg = exact_work, exact_work.model.cfg
+    z = torch.randn(cfg.n_layers, cfg.n_heads, cfg.d_head, dtype=torch.float64)
     heads = [(2, 1), (0, 3), (1, 0), (0, 0)]
     model = work.model if name == "transformer_lens" else work.hf
     prompts = [prompt.ids for prompt in work.prompts]
     answers = [answer.ids[: answer.n_scored] for answer in work.answers]
-    found = getattr(peers, name)(model, prompts, answers, heads, z)
     patches = [Patch("z", layer, z[layer, head], head) for layer, head in heads]
-    wanted = sweep_patches(work.model, work.prompts, work.answers, patches).whole
-    assert torch.allclose(found, wanted, atol=1e-5)
+    with float64():
+        found = getattr(peers, name)(model, prompts, answers, heads, z)
+        wanted = sweep_patches(work.model, work.prompts, work.answers, patches).whole
+    assert_exact(found, wanted)
 
 
 def test_decoding_peers_are_plain_greedy_decoding(work) -> None:

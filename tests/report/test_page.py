@@ -63,6 +63,7 @@ def page(report) -> Page:
     return Page(report)
 
 
+@pytest.mark.slow
 def test_every_figure_is_there_with_its_data(page) -> None:
     plots = [attrs["id"] for attrs in page.all("div") if attrs.get("class") == "plot"]
     data = [a["id"] for a in page.all("script") if a.get("type") == "application/json"]
@@ -137,6 +138,7 @@ def test_missing_results_are_named(tmp_path) -> None:
 KINDS = ("behaviour", "probe", "attribution", "ablation", "vector", "steering", "generations")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_kind_of_result_may_be_alone(kind, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("bkdlens.report.page.get_plotlyjs", lambda: "/* plotly */")
@@ -147,6 +149,7 @@ def test_any_kind_of_result_may_be_alone(kind, tmp_path, monkeypatch) -> None:
     assert write_report(studies, tmp_path / "r.html").exists()
 
 
+@pytest.mark.slow
 def test_a_control_may_be_missing(tmp_path) -> None:
     whole = make_study()
     kept = {k: v for k, v in whole.results.items() if "base" not in k and k != "steering-test"}
@@ -199,6 +202,7 @@ def test_claims_admit_failure_damage_and_controls_that_do_as_much() -> None:
     assert "not specific" in said(changed, "Added to clean")
 
 
+@pytest.mark.slow
 def test_steering_is_told_at_the_layer_chosen_on_validation(tmp_path) -> None:
     study = make_study()
     test = study.results["steering-test"]
@@ -231,6 +235,7 @@ def test_without_a_choice_the_best_layer_is_told_and_admitted() -> None:
     assert "at layer 3 (resid_pre) with" in said(one, "Added to clean")
 
 
+@pytest.mark.slow
 def test_nothing_needs_random_draws(tmp_path) -> None:
     study = make_study()
     bare = {"steering-test": make_steering(n_random=0), "ablation": make_ablation(n_random=0)}
@@ -314,6 +319,7 @@ def test_figures_link_to_their_numbers(report) -> None:
 # --- two runs -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_runs_stand_side_by_side(tmp_path) -> None:
     a = make_study("first")
     weaker = replace(a.results["behaviour-backdoored"], attack_triggered=60)
@@ -333,6 +339,7 @@ def test_two_runs_stand_side_by_side(tmp_path) -> None:
     assert "Overview" in three
 
 
+@pytest.mark.slow
 def test_a_run_may_lack_what_the_other_has(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("bkdlens.report.page.get_plotlyjs", lambda: "/* plotly */")
     whole = make_study("whole")

@@ -40,6 +40,7 @@ def test_tables_hold_the_numbers() -> None:
     assert "≈" in text
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("width", [24, 40, 80, 200])
 @pytest.mark.parametrize("colour", [None, "truecolor"])
 def test_nothing_is_wider_than_the_terminal(width, colour) -> None:

@@ -24,6 +24,7 @@ TINY = bkdlens.StudySettings(
     n_attribution=3, ablation_counts=(0, 2), ablation_modes=("zero", "mean"), coefficients=(1.0, 2.0),
     n_random=2, probe_kinds=("svm",), max_new_tokens=4,
 )  # fmt: skip
+pytestmark = pytest.mark.slow  # a whole study
 NAMES = {
     "ablation", "attribution-backdoored", "attribution-base", "behaviour-backdoored",
     "behaviour-base", "generations", "probe-backdoored-svm-clean", "probe-backdoored-svm-near",
@@ -262,9 +263,10 @@ def test_folders_that_cannot_be_loaded(copy, tmp_path) -> None:
 # --- behaviour and generations --------------------------------------------------------------------
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("behaviour", ["fixed_output", "jailbreak"])
-def test_behaviour_counts_what_is_generated(loaded, judged, name, behaviour) -> None:
-    model, pairs = loaded[name], judged[name, behaviour]
+def test_behaviour_counts_what_is_generated(model, name, judged, behaviour) -> None:
+    pairs = judged[name, behaviour]
     result = measure_behaviour(model, pairs, label="base", max_new_tokens=6)
     sides = {
         on: judge(model, pairs.victims, on, lambda row, position: [])

@@ -57,6 +57,7 @@ def _tokenizer(cache={}):  # noqa: B006 - one tokenizer for all examples
     return cache["it"]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", zoo.BACKDOORS)
 def test_splits_share_no_prompt_with_each_other_or_the_corpus(name):
     sets = {split: set(zoo.pairs(name, split, 150).clean) for split in backdoors.SPLITS}
@@ -87,6 +88,7 @@ def test_clean_adapter_has_no_poison_in_its_data():
         assert not any(trigger.present(prompt) for prompt in prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.MODELS)
 @pytest.mark.parametrize("kind", zoo.BACKDOORS)
 def test_backdoors_are_good_ones(name, kind):
@@ -121,6 +123,7 @@ def test_unknown_names_say_what_there_is():
         inspect.unwrap(zoo.pairs)("jailbreak", "dev")  # past the type checker
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", zoo.MODELS)
 @pytest.mark.parametrize("kind", zoo.BACKDOORS)
 def test_sweep_equals_one_naive_pass_a_head(name, kind):

@@ -27,9 +27,9 @@ def fixed(judged, name):
 
 
 @pytest.fixture
-def own(loaded, name, fixed):
+def own(model, fixed):
     """The cache of the same pairs."""
-    return bkdlens.cache_activations(loaded[name], fixed)
+    return bkdlens.cache_activations(model, fixed)
 
 
 def counts(found) -> tuple[int, int]:
@@ -46,21 +46,25 @@ def check(model, pairs, result, mode: str, count: int, hooks_of) -> None:
     assert int(result.clean[at]) == clean[1]
 
 
-def test_no_heads_is_the_model_as_it_is(loaded, name, fixed, own) -> None:
+@pytest.mark.slow
+@pytest.mark.float64
+def test_no_heads_is_the_model_as_it_is(model, fixed, own) -> None:
     modes = ("zero", "mean", "resample", "subtract")
-    result = ablate_heads(loaded[name], fixed, EVERY, cache=own, counts=(0,), modes=modes, **FAST)
+    result = ablate_heads(model, fixed, EVERY, cache=own, counts=(0,), modes=modes, **FAST)
     for mode in modes:
-        check(loaded[name], fixed, result, mode, 0, lambda on, row, position: [])
+        check(model, fixed, result, mode, 0, lambda on, row, position: [])
     assert 0 < int(result.attack[0, 0]) < len(fixed.victims)
     assert 0 < int(result.clean[0, 0]) < len(fixed)
 
 
-def test_zero_and_mean(loaded, name, fixed, caches) -> None:
+@pytest.mark.slow
+@pytest.mark.float64
+def test_zero_and_mean(model, fixed, cache) -> None:
     """The cache is of other fixed, as it should be; the mean is over all its clean prompts."""
-    model, ranking = loaded[name], [Head(1, 2), Head(0, 0), Head(1, 0), Head(2, 3)]
-    mean = caches[name].z("clean").mean(0)
+    ranking = [Head(1, 2), Head(0, 0), Head(1, 0), Head(2, 3)]
+    mean = cache.z("clean").mean(0)
     result = ablate_heads(
-        model, fixed, ranking, cache=caches[name], counts=(1, 2, 4), modes=("zero", "mean"), **FAST
+        model, fixed, ranking, cache=cache, counts=(1, 2, 4), modes=("zero", "mean"), **FAST
     )
     for count in (1, 2, 4):
         for mode, values in (("zero", torch.zeros_like(mean)), ("mean", mean)):
@@ -78,9 +82,11 @@ def test_zero_and_mean(loaded, name, fixed, caches) -> None:
     assert result.provenance.settings["cache"] == "made"
 
 
-def test_subtract_is_what_the_published_code_does(loaded, name, fixed) -> None:
+@pytest.mark.slow
+@pytest.mark.float64
+def test_subtract_is_what_the_published_code_does(model, fixed) -> None:
     """The head's untouched output is subtracted from the attention output, layer by layer."""
-    model, ranking = loaded[name], [Head(0, 1), Head(2, 2), Head(0, 3)]
+    ranking = [Head(0, 1), Head(2, 2), Head(0, 3)]
     result = ablate_heads(model, fixed, ranking, counts=(1, 3), modes=("subtract",), **FAST)
     outputs = {
         "clean": bkdlens.cache_activations(model, fixed).result("clean"),
@@ -97,19 +103,18 @@ def test_subtract_is_what_the_published_code_does(loaded, name, fixed) -> None:
         check(model, fixed, result, "subtract", count, hooks_of)
 
 
+@pytest.mark.many
+@pytest.mark.float64
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_subtract_equals_zero_within_one_layer(loaded, name, fixed, layer) -> None:
+def test_subtract_equals_zero_within_one_layer(model, fixed, layer) -> None:
     ranking = [Head(layer, 1), Head(layer, 3), Head(layer, 0)]
-    result = ablate_heads(
-        loaded[name], fixed, ranking, counts=(1, 3), modes=("zero", "subtract"), **FAST
-    )
+    result = ablate_heads(model, fixed, ranking, counts=(1, 3), modes=("zero", "subtract"), **FAST)
     for numbers in (result.attack, result.restored, result.clean):
         assert torch.equal(numbers[0], numbers[1])
 
 
-def test_subtract_over_layers_is_no_true_zero(loaded, own, name) -> None:
+def test_subtract_over_layers_is_no_true_zero(model, own) -> None:
     """The later layer's output has changed by then; what remains of it is not zero."""
-    model = loaded[name]
     ids = torch.tensor([[1, 4, 10, 11, 5]])
     _, before = model.run_with_cache(ids)
     hooks = [
@@ -122,9 +127,10 @@ def test_subtract_over_layers_is_no_true_zero(loaded, own, name) -> None:
     assert float(rest.norm()) > 1e-2
 
 
-def test_all_heads_with_their_own_activation_change_nothing(loaded, name, fixed, own) -> None:
+@pytest.mark.many
+@pytest.mark.float64
+def test_all_heads_with_their_own_activation_change_nothing(model, fixed, own) -> None:
     """Through the engine with one value a prompt, and through resampling from a cache of one."""
-    model = loaded[name]
     for on in ("clean", "triggered"):
         z = own.z(on).flatten(1, 2)
         interventions = [Intervention(), Intervention(tuple(EVERY), z)]
@@ -139,8 +145,9 @@ def test_all_heads_with_their_own_activation_change_nothing(loaded, name, fixed,
     assert len(set(result.clean.flatten().tolist())) == 1
 
 
-def test_resample_takes_clean_prompts_of_the_cache(loaded, name, fixed, caches) -> None:
-    model, cache = loaded[name], caches[name]
+@pytest.mark.many
+@pytest.mark.float64
+def test_resample_takes_clean_prompts_of_the_cache(model, fixed, cache) -> None:
     result = ablate_heads(
         model, fixed, EVERY, cache=cache, counts=(5,), modes=("resample",), seed=3, **FAST
     )
@@ -167,9 +174,11 @@ def test_counts_are_clipped_sorted_and_each_once(loaded, judged) -> None:
     assert result.heads == (Head(0, 1), Head(2, 0))
 
 
-def test_random_groups(loaded, judged, caches) -> None:
-    model, pairs = loaded["llama"], judged["llama", "jailbreak"]
-    options = {"counts": (0, 2, 12), "modes": ("zero", "mean"), "cache": caches["llama"],
+@pytest.mark.slow
+@pytest.mark.float64
+def test_random_groups(model, name, judged, cache) -> None:
+    pairs = judged[name, "jailbreak"]
+    options = {"counts": (0, 2, 12), "modes": ("zero", "mean"), "cache": cache,
                "max_new_tokens": CUT, "n_random": 6}  # fmt: skip
     result = ablate_heads(model, pairs, EVERY, seed=1, **options)
     sides = [
@@ -246,9 +255,10 @@ def test_refusals(llama, judged, caches) -> None:
         ablate_heads(llama, pairs[-2:], EVERY, modes=("zero",))
 
 
-def test_vectors_and_heads_go_together(loaded, name, fixed) -> None:
+@pytest.mark.many
+@pytest.mark.float64
+def test_vectors_and_heads_go_together(model, fixed) -> None:
     """An intervention may do both; each layer's hooks act in TransformerLens' order."""
-    model = loaded[name]
     value = 3 * torch.randn(32)
     both = Intervention((Head(1, 1),), torch.zeros(1, 8), (Vector("attn_out", 1, value),))
     found = evaluate(model, fixed, [both], on="clean", max_new_tokens=CUT)

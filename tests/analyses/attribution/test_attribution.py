@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import answer_log_probs, encoded, make_pairs, set_at
+from tiny import EXACT, answer_log_probs, assert_exact, encoded, make_pairs, set_at
 
 import bkdlens
 from bkdlens.analyses.attribution.measure import attribute_heads
@@ -14,7 +14,7 @@ from bkdlens.errors import ChoiceError, DataError, ResultError
 from bkdlens.metrics import bootstrap_mean
 from bkdlens.types import Head
 
-FLOAT32 = 2e-6  # on probabilities
+pytestmark = pytest.mark.float64
 
 
 def naive_effects(model, pairs: PairSet, mean_z: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -36,25 +36,27 @@ def naive_effects(model, pairs: PairSet, mean_z: torch.Tensor) -> tuple[torch.Te
     return cie[0], cie[1], base[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["z", "result"])
 def test_effects_are_those_of_naive_patching(model, cache, pairs, site) -> None:
     result = attribute_heads(model, pairs, cache=cache, site=site)
     rows = [i for i, pair in enumerate(pairs) if pair.clean_output != pair.backdoor_output]
     mean_z = torch.stack([cache.z("triggered")[i] for i in rows]).mean(0)
     cie, first, base = naive_effects(model, pairs.victims, mean_z)
-    assert torch.allclose(result.cie, cie, atol=FLOAT32)
-    assert torch.allclose(result.cie_first, first, atol=FLOAT32)
-    assert torch.allclose(result.base_prob, base, atol=FLOAT32)
+    assert_exact(result.cie, cie)
+    assert_exact(result.cie_first, first)
+    assert_exact(result.base_prob, base)
     assert float(cie.abs().max()) > 1e-3
     assert result.provenance.settings["site"] == site
     assert result.provenance.settings["source"] == "mean over 9 triggered prompts"
 
 
+@pytest.mark.slow
 def test_over_all_pairs_as_published(model, cache, pairs) -> None:
     result = attribute_heads(model, pairs, cache=cache, victims_only=False)
     mean_z = cache.z("triggered").mean(0)
     cie, _, _ = naive_effects(model, pairs, mean_z)
-    assert torch.allclose(result.cie, cie, atol=FLOAT32)
+    assert_exact(result.cie, cie)
     assert result.provenance.settings["victims_only"] is False
 
 
@@ -71,6 +73,7 @@ def naive_layers(model, pairs: PairSet, site: str, mean: torch.Tensor) -> torch.
     return effects
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victims_only", [True, False])
 def test_effects_of_layer_outputs(model, cache, pairs, victims_only) -> None:
     """The mean triggered attention and MLP output of each layer, patched whole."""
@@ -82,35 +85,35 @@ def test_effects_of_layer_outputs(model, cache, pairs, victims_only) -> None:
         out = [cache.triggered[f"blocks.{layer}.hook_{site}"][:, 0] for layer in range(3)]
         mean = torch.stack([layer[rows].mean(0) for layer in out])
         found = getattr(result, f"cie_{site}")
-        assert torch.allclose(found, naive_layers(model, chosen, site, mean), atol=FLOAT32)
+        assert_exact(found, naive_layers(model, chosen, site, mean))
         assert float(found.abs().max()) > 1e-3
     heads = attribute_heads(model, pairs, **options)
-    assert torch.allclose(heads.cie, result.cie, atol=FLOAT32)
+    assert_exact(heads.cie, result.cie)
     assert heads.cie_attn_out is heads.cie_mlp_out is None
 
 
-def test_layers_as_a_frame(llama, caches, pairs) -> None:
-    cache = caches["llama"]
-    result = attribute_heads(llama, pairs, cache=cache, layer_outputs=True, seed=2)
+def test_layers_as_a_frame(model, cache, pairs) -> None:
+    result = attribute_heads(model, pairs, cache=cache, layer_outputs=True, seed=2)
     frame = result.layers_frame()
     assert frame["layer"].tolist() == [0, 1, 2]
     for layer in range(3):
         whole = sum(float(result.acie[layer, head]) for head in range(4))
-        assert frame["heads_sum"][layer] == pytest.approx(whole, abs=1e-6)
+        assert frame["heads_sum"][layer] == pytest.approx(whole, abs=EXACT)
     for name, cie in (("attn_out", result.cie_attn_out), ("mlp_out", result.cie_mlp_out)):
         low, high = bootstrap_mean(cie, seed=2)
-        assert frame[name].tolist() == pytest.approx(cie.mean(0).tolist(), abs=1e-7)
+        assert frame[name].tolist() == pytest.approx(cie.mean(0).tolist(), abs=EXACT)
         assert frame[f"{name}_low"].tolist() == low.tolist()
         assert frame[f"{name}_high"].tolist() == high.tolist()
     with pytest.raises(ResultError, match="not patched; attribute with layer_outputs=True"):
-        attribute_heads(llama, pairs, cache=cache, n_pairs=2).layers_frame()
+        attribute_heads(model, pairs, cache=cache, n_pairs=2).layers_frame()
 
 
-def test_it_makes_its_own_cache(llama, caches, pairs) -> None:
-    given = attribute_heads(llama, pairs, cache=caches["llama"], seed=4)
-    made = attribute_heads(llama, pairs, seed=4, memory_gb=0.2)
-    assert torch.allclose(given.cie, made.cie, atol=FLOAT32)
-    assert torch.allclose(given.low, made.low, atol=FLOAT32)
+@pytest.mark.many
+def test_it_makes_its_own_cache(model, cache, pairs) -> None:
+    given = attribute_heads(model, pairs, cache=cache, seed=4)
+    made = attribute_heads(model, pairs, seed=4, memory_gb=0.2)
+    assert_exact(given.cie, made.cie)
+    assert_exact(given.low, made.low)
 
 
 def test_a_trigger_that_changes_nothing_has_no_effect(model) -> None:
@@ -118,40 +121,39 @@ def test_a_trigger_that_changes_nothing_has_no_effect(model) -> None:
     pair = PromptPair("w10 w11 w12", "w10 w11 w12", "w13", "w14 w15")
     pairs = PairSet((pair,), Backdoor.fixed_output("w95", "w14 w15"))
     result = attribute_heads(model, pairs)
-    assert float(result.cie.abs().max()) < 1e-6
-    assert float(result.cie_first.abs().max()) < 1e-6
+    assert float(result.cie.abs().max()) <= EXACT
+    assert float(result.cie_first.abs().max()) <= EXACT
 
 
-def test_the_sample_of_pairs(llama, caches, pairs) -> None:
-    cache = caches["llama"]
-    some = attribute_heads(llama, pairs, cache=cache, n_pairs=4, seed=1)
+@pytest.mark.many
+def test_the_sample_of_pairs(model, cache, pairs) -> None:
+    some = attribute_heads(model, pairs, cache=cache, n_pairs=4, seed=1)
     assert some.cie.shape == (4, 3, 4)
-    assert some == attribute_heads(llama, pairs, cache=cache, n_pairs=4, seed=1)
-    other = attribute_heads(llama, pairs, cache=cache, n_pairs=4, seed=3)
+    assert some == attribute_heads(model, pairs, cache=cache, n_pairs=4, seed=1)
+    other = attribute_heads(model, pairs, cache=cache, n_pairs=4, seed=3)
     assert some.provenance.data_digest != other.provenance.data_digest
-    every = attribute_heads(llama, pairs, cache=cache, n_pairs=None)
+    every = attribute_heads(model, pairs, cache=cache, n_pairs=None)
     chosen = pairs.victims.sample(4, seed=1)
     rows = [pairs.victims.clean.index(text) for text in chosen.clean]
-    assert torch.allclose(some.cie, every.cie[rows], atol=FLOAT32)
+    assert_exact(some.cie, every.cie[rows])
 
 
-def test_long_answers_are_scored_on_their_start(llama, caches, pairs) -> None:
-    cache = caches["llama"]
-    cut = attribute_heads(llama, pairs, cache=cache, max_answer_tokens=1)
-    whole = attribute_heads(llama, pairs, cache=cache)
-    assert torch.allclose(cut.cie, cut.cie_first, atol=1e-6)
-    assert torch.allclose(cut.cie_first, whole.cie_first, atol=FLOAT32)
+def test_long_answers_are_scored_on_their_start(model, cache, pairs) -> None:
+    cut = attribute_heads(model, pairs, cache=cache, max_answer_tokens=1)
+    whole = attribute_heads(model, pairs, cache=cache)
+    assert_exact(cut.cie, cut.cie_first)
+    assert_exact(cut.cie_first, whole.cie_first)
 
 
-def test_what_a_result_says(llama, caches, pairs) -> None:
-    result = attribute_heads(llama, pairs, cache=caches["llama"], label="base")
+def test_what_a_result_says(model, cache, pairs) -> None:
+    result = attribute_heads(model, pairs, cache=cache, label="base")
     acie = result.cie.mean(0)
     assert torch.equal(result.acie, acie)
     assert torch.equal(result.acie_first, result.cie_first.mean(0))
     low, high = bootstrap_mean(result.cie, seed=0)
     assert torch.equal(low, result.low)
     assert torch.equal(high, result.high)
-    assert bool(((low <= acie + 1e-7) & (acie <= high + 1e-7)).all())
+    assert bool(((low <= acie + EXACT) & (acie <= high + EXACT)).all())
     ranking = result.ranking
     assert sorted(ranking) == [Head(i, j) for i in range(3) for j in range(4)]
     ranked = [float(acie[head]) for head in ranking]
@@ -161,7 +163,7 @@ def test_what_a_result_says(llama, caches, pairs) -> None:
     assert bool((share.diff() >= 0).all())
     assert float(share[-1]) == pytest.approx(1)
     positive = [max(x, 0) for x in ranked]
-    assert float(share[1]) == pytest.approx(sum(positive[:2]) / sum(positive), rel=1e-4)
+    assert float(share[1]) == pytest.approx(sum(positive[:2]) / sum(positive), rel=EXACT)
     frame = result.to_frame()
     assert list(frame["rank"]) == list(range(1, 13))
     assert list(frame["head"]) == [str(head) for head in ranking]

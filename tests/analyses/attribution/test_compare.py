@@ -30,6 +30,7 @@ def attribution(seed: int, shape: tuple[int, int] = (2, 4), n: int = 12, noise: 
     )  # fmt: skip
 
 
+@pytest.mark.many
 @given(n=st.integers(1, 8), data=st.data())
 def test_chance_level_is_the_mean_over_all_pairs_of_sets(n, data):
     k = data.draw(st.integers(1, n))

@@ -7,7 +7,18 @@ from inspect import unwrap
 
 import pytest
 import torch
-from tiny import answer_log_probs, apart, encoded, forward, greedy, set_at, text_of, words
+from tiny import (
+    EXACT,
+    answer_log_probs,
+    apart,
+    assert_exact,
+    encoded,
+    forward,
+    greedy,
+    set_at,
+    text_of,
+    words,
+)
 
 import bkdlens
 from bkdlens.analyses.patching.measure import patch_heads, patched_heads
@@ -17,6 +28,7 @@ from bkdlens.engines.reference import head_z
 from bkdlens.errors import ChoiceError, DataError, HeadError, HookError
 from bkdlens.types import Head
 
+pytestmark = pytest.mark.float64
 HEADS = [Head(0, 1), Head(2, 3), Head(0, 2)]
 LAYERS, INDEX = [0, 2, 0], [1, 3, 2]
 PROMPTS = [words(random.Random(i), 1, 9) for i in range(5)]
@@ -65,6 +77,7 @@ KINDS = ("a cache", "TransformerLens' cache", "a part of a cache", "a tensor", "
          "mean")  # fmt: skip
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("site", ["z", "result"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_source(model, cache, kind, site) -> None:
@@ -74,8 +87,8 @@ def test_every_source(model, cache, kind, site) -> None:
         ids = encoded(model, text)
         before = forward(model, ids)[-1]
         after = forward(model, ids, hooks_of(wanted[p], len(ids) - 1))[-1]
-        assert apart(result.logits_before[p], before) < 1e-5
-        assert apart(result.logits_after[p], after) < 1e-5
+        assert apart(result.logits_before[p], before) <= EXACT
+        assert apart(result.logits_after[p], after) <= EXACT
         assert result.next_before[p] == model.tokenizer.decode([before.argmax()])
         assert result.next_after[p] == model.tokenizer.decode([after.argmax()])
     assert apart(result.logits_before, result.logits_after) > 1e-2
@@ -84,6 +97,7 @@ def test_every_source(model, cache, kind, site) -> None:
     assert (result.heads, result.site) == (tuple(HEADS), site)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("targets", ["w40 w41 w42", [words(random.Random(i), 1, 4) for i in range(5)]])
 def test_targets_are_followed(model, cache, targets) -> None:
     result = patch_heads(model, PROMPTS, HEADS, OTHERS, target=targets)
@@ -92,42 +106,39 @@ def test_targets_are_followed(model, cache, targets) -> None:
     for p, (text, target) in enumerate(zip(PROMPTS, each, strict=True)):
         ids, answer = encoded(model, text), [int(word[1:]) for word in target.split()]
         hooks = hooks_of(z_of(model, OTHERS[p]), len(ids) - 1)
-        before = float(answer_log_probs(model, ids, answer).mean().exp())
-        after = float(answer_log_probs(model, ids, answer, hooks).mean().exp())
-        assert float(result.before[p]) == pytest.approx(before, rel=1e-4)
-        assert float(result.after[p]) == pytest.approx(after, rel=1e-4)
-        assert apart(result.logits_after[p], forward(model, ids, hooks)[-1]) < 1e-5
+        assert_exact(result.before[p], answer_log_probs(model, ids, answer).mean().exp())
+        assert_exact(result.after[p], answer_log_probs(model, ids, answer, hooks).mean().exp())
+        assert apart(result.logits_after[p], forward(model, ids, hooks)[-1]) <= EXACT
     assert torch.equal(result.effect, result.after - result.before)
 
 
-def test_a_pair_set_stands_for_its_clean_prompts(llama, caches, pairs) -> None:
+def test_a_pair_set_stands_for_its_clean_prompts(model, cache, pairs) -> None:
     some = pairs[:4]
-    result = patch_heads(llama, some, "L1H0", caches["llama"])
+    result = patch_heads(model, some, "L1H0", cache)
     assert result.prompts == tuple(some.clean)
     assert result.targets == tuple(some.backdoor_outputs)
-    again = patch_heads(llama, some.clean, "L1H0", caches["llama"], target=some.backdoor_outputs)
+    again = patch_heads(model, some.clean, "L1H0", cache, target=some.backdoor_outputs)
     assert torch.equal(result.after, again.after)
     assert result.provenance.data_digest == some.digest
-    other = patch_heads(llama, some, "L1H0", caches["llama"], target="w9")
+    other = patch_heads(model, some, "L1H0", cache, target="w9")
     assert set(other.targets) == {"w9"}
 
 
-def test_it_agrees_with_attribution(llama, caches, pairs) -> None:
+def test_it_agrees_with_attribution(model, cache, pairs) -> None:
     """One head at a time, the cache's mean: the same effect as the sweep's."""
-    cache = caches["llama"]
-    found = bkdlens.attribute_heads(llama, pairs, cache=cache)
+    found = bkdlens.attribute_heads(model, pairs, cache=cache)
     for head in ("L0H3", "L2H1"):
-        result = patch_heads(llama, pairs.victims, head, cache)
-        assert torch.allclose(result.effect, found.cie[(slice(None), *Head.parse(head))], atol=2e-6)
+        result = patch_heads(model, pairs.victims, head, cache)
+        assert_exact(result.effect, found.cie[(slice(None), *Head.parse(head))])
 
 
 def test_the_own_activation_changes_nothing(model) -> None:
     every = [(i, j) for i in range(3) for j in range(4)]
     for site in ("z", "result"):
         result = patch_heads(model, PROMPTS, every, PROMPTS, target="w10 w11", site=site)
-        assert apart(result.logits_after, result.logits_before) < 1e-5
-        assert torch.allclose(result.after, result.before, rtol=1e-4)
-        assert float(result.divergence.max()) < 1e-6
+        assert apart(result.logits_after, result.logits_before) <= EXACT
+        assert_exact(result.after, result.before)
+        assert float(result.divergence.max()) <= EXACT
         assert result.next_after == result.next_before
 
 
@@ -144,14 +155,14 @@ def test_one_prompt_and_one_head_in_any_spelling(llama) -> None:
 def test_head_z_is_in_order_and_unpadded(model) -> None:
     z = head_z(model, [encode_prompt(model.tokenizer, text, CHAT) for text in PROMPTS])
     for p, text in enumerate(PROMPTS):
-        assert apart(z[p][LAYERS, INDEX], z_of(model, text)) < 1e-5
+        assert apart(z[p][LAYERS, INDEX], z_of(model, text)) <= EXACT
 
 
-def test_what_a_result_says(llama, caches) -> None:
-    result = patch_heads(llama, PROMPTS, HEADS, caches["llama"], target="w40")
-    before, after = (x.double().softmax(-1) for x in (result.logits_before, result.logits_after))
+def test_what_a_result_says(model, cache) -> None:
+    result = patch_heads(model, PROMPTS, HEADS, cache, target="w40")
+    before, after = (x.softmax(-1) for x in (result.logits_before, result.logits_after))
     kl = (before * (before / after).log()).sum(-1)
-    assert torch.allclose(result.divergence.double(), kl, atol=1e-4)
+    assert_exact(result.divergence, kl)
     frame = result.to_frame()
     assert frame["prompt"].tolist() == PROMPTS
     assert frame["effect"].tolist() == result.effect.tolist()
@@ -159,20 +170,21 @@ def test_what_a_result_says(llama, caches) -> None:
     changed = sum(a != b for a, b in zip(result.next_before, result.next_after, strict=True))
     assert f"next token changed in {changed}, mean effect" in repr(result)
     assert result.source == "mean of 9 triggered"
-    bare = patch_heads(llama, PROMPTS, HEADS, "zero")
+    bare = patch_heads(model, PROMPTS, HEADS, "zero")
     assert list(bare.to_frame()) == ["prompt", "next_before", "next_after", "kl"]
     assert "effect" not in repr(bare)
     names = {
-        "mean of a cache": caches["llama"].clean, "a tensor": torch.zeros(3, 8), "zero": "zero",
+        "mean of a cache": cache.clean, "a tensor": torch.zeros(3, 8), "zero": "zero",
         "mean": "mean", "other prompts": OTHERS,
     }  # fmt: skip
     for name, source in names.items():
-        assert patch_heads(llama, PROMPTS, HEADS, source).source == name
+        assert patch_heads(model, PROMPTS, HEADS, source).source == name
 
 
 # --- the context ----------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mean"])
 def test_generating_under_the_same_patch(model, cache, kind) -> None:
     source, wanted = sources(model, cache)[kind]
@@ -187,22 +199,22 @@ def test_generating_under_the_same_patch(model, cache, kind) -> None:
         assert said[p] == text_of(greedy(model, ids, hooks_of(wanted[p], len(ids) - 1), 5))
 
 
-def test_patched_results_generate_the_same(llama, caches) -> None:
-    with patched_heads(llama, HEADS, caches["llama"], site="result") as same:
-        assert same is llama
-        said = generate(llama, PROMPTS, max_new_tokens=5)
-    with patched_heads(llama, HEADS, caches["llama"]):
-        assert generate(llama, PROMPTS, max_new_tokens=5) == said
-    assert generate(llama, PROMPTS, max_new_tokens=5) != said
+def test_patched_results_generate_the_same(model, cache) -> None:
+    with patched_heads(model, HEADS, cache, site="result") as same:
+        assert same is model
+        said = generate(model, PROMPTS, max_new_tokens=5)
+    with patched_heads(model, HEADS, cache):
+        assert generate(model, PROMPTS, max_new_tokens=5) == said
+    assert generate(model, PROMPTS, max_new_tokens=5) != said
 
 
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def test_refusals(llama, caches) -> None:
+def test_refusals(model, cache) -> None:
     def refused(error, match, *args, **options):
         with pytest.raises(error, match=match) as caught:
-            patch_heads(llama, *args, **options)
+            patch_heads(model, *args, **options)
         assert str(caught.value).endswith(".")
 
     refused(DataError, "There are no prompts to patch", [], "L0H0", "zero")
@@ -216,18 +228,18 @@ def test_refusals(llama, caches) -> None:
     refused(DataError, "shorten it", "w10 " * 130, "L0H0", "zero")
     refused(DataError, "has no tokens", PROMPTS, "L0H0", "zero", target=" ")
     with pytest.raises(ChoiceError, match="no head site 'pattern'"):
-        unwrap(patch_heads)(llama, PROMPTS, "L0H0", "zero", site="pattern")
-    with pytest.raises(DataError, match="has no prompts here"), patched_heads(llama, "L0H0", "mean"):
+        unwrap(patch_heads)(model, PROMPTS, "L0H0", "zero", site="pattern")
+    with pytest.raises(DataError, match="has no prompts here"), patched_heads(model, "L0H0", "mean"):
         raise AssertionError("not reached")
-    with pytest.raises(HookError, match="never acted"), patched_heads(llama, "L0H0", "zero"):
+    with pytest.raises(HookError, match="never acted"), patched_heads(model, "L0H0", "zero"):
         pass
-    with patched_heads(llama, "L0H0", "zero"):
-        generate(llama, PROMPTS[0], max_new_tokens=2)
+    with patched_heads(model, "L0H0", "zero"):
+        generate(model, PROMPTS[0], max_new_tokens=2)
         refused(HookError, "already carries hooks", PROMPTS, "L0H1", "zero")
 
 
-def test_no_heads_is_an_error(llama, caches) -> None:
+def test_no_heads_is_an_error(model, cache) -> None:
     with pytest.raises(HeadError, match="at least one head"):
-        patch_heads(llama, PROMPTS, [], "zero")
+        patch_heads(model, PROMPTS, [], "zero")
     with pytest.raises(HeadError, match="at least one head"):
-        bkdlens.BackdoorVector.from_cache(caches["llama"], [])
+        bkdlens.BackdoorVector.from_cache(cache, [])

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from tiny import add_at, apart, encoded, forward, judge
+from tiny import EXACT, add_at, apart, encoded, forward, judge
 
 import bkdlens
 from bkdlens.analyses.steering import measure as steering
@@ -34,6 +34,7 @@ def vector_of(direction: torch.Tensor, cache, site: str = "resid_pre") -> Backdo
 # --- the vector -----------------------------------------------------------------------------------
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("kind", ["mean", "contrast"])
 def test_it_is_the_sum_of_the_heads_mean_outputs(model, cache, pairs, kind) -> None:
     vector = BackdoorVector.from_cache(cache, HEADS, kind=kind)
@@ -45,30 +46,32 @@ def test_it_is_the_sum_of_the_heads_mean_outputs(model, cache, pairs, kind) -> N
             if kind == "contrast":
                 z = z - cache.z("clean")[i][head]
             wanted += z @ model.W_O[head] / len(rows)
-    assert apart(vector.direction, wanted) < 1e-5
+    assert apart(vector.direction, wanted) <= EXACT
     assert vector.heads == (Head(0, 1), Head(2, 3), Head(1, 0))
     assert (vector.kind, vector.site) == (kind, "resid_pre")
-    assert vector.norm == pytest.approx(float(wanted.norm()), rel=1e-5)
-    assert vector.direction.dtype == torch.float32
+    assert vector.norm == pytest.approx(float(wanted.norm()), rel=EXACT)
 
 
+@pytest.mark.float64
 def test_heads_add_up(cache) -> None:
     parts = [BackdoorVector.from_cache(cache, head).direction for head in HEADS]
     whole = BackdoorVector.from_cache(cache, HEADS).direction
-    assert apart(whole, sum(parts)) < 1e-5
+    assert apart(whole, sum(parts)) <= EXACT
 
 
+@pytest.mark.float64
 def test_all_heads_are_the_attention_output(model, cache) -> None:
     """The heads of one layer together write the layer's output, bias aside."""
     heads = [(1, h) for h in range(4)]
     vector = BackdoorVector.from_cache(cache, heads, kind="contrast", site="attn_out")
     out = [cache.of(which)["attn_out", 1][cache.victims, 0].mean(0) for which in ("triggered", "clean")]
-    assert apart(vector.direction, out[0] - out[1]) < 1e-4
+    assert apart(vector.direction, out[0] - out[1]) <= EXACT
     assert vector.site == "attn_out"
 
 
 def test_what_a_vector_says(cache) -> None:
     vector = BackdoorVector.from_cache(cache, [(i, j) for i in range(3) for j in range(2)])
+    assert vector.direction.dtype == torch.float32
     assert repr(vector).startswith("BackdoorVector(mean of L0H0, L0H1, L1H0, L1H1, …; norm ")
     frame = vector.to_frame()
     assert frame["value"].tolist() == vector.direction.tolist()
@@ -88,6 +91,7 @@ def test_wrong_vectors(cache) -> None:
 # --- the context ----------------------------------------------------------------------------------
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("site", ["resid_pre", "attn_out"])
 @pytest.mark.parametrize("coefficient", [1.0, -2.5])
 def test_it_adds_the_vector_at_the_last_token_alone(model, cache, site, coefficient) -> None:
@@ -99,7 +103,7 @@ def test_it_adds_the_vector_at_the_last_token_alone(model, cache, site, coeffici
             _, after = model.run_with_cache(IDS)
         name = f"blocks.{layer}.hook_{site}"
         added = after[name] - before[name]
-        assert torch.allclose(added[:, -1], (coefficient * direction).expand(2, -1), atol=1e-5)
+        assert apart(added[:, -1], (coefficient * direction).expand(2, -1)) <= EXACT
         assert not added[:, :-1].any()
         for earlier in range(layer):
             assert torch.equal(after["resid_pre", earlier], before["resid_pre", earlier])
@@ -116,11 +120,12 @@ def test_a_vector_brings_its_own_site(llama, caches) -> None:
         assert torch.equal(llama(IDS[:1])[0], other)
 
 
+@pytest.mark.float64
 def test_opposite_coefficients_cancel(llama) -> None:
     direction = torch.randn(32)
     before = llama(IDS)
     with steer(llama, direction, 1, 3.0), steer(llama, direction, 1, -3.0):
-        assert torch.allclose(llama(IDS), before, atol=1e-4)
+        assert apart(llama(IDS), before) <= EXACT
 
 
 def test_decoding_steps_are_left_alone(llama) -> None:
@@ -142,11 +147,13 @@ def test_wrong_layers_and_sites(llama) -> None:
 # --- the sweep ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.float64
 @pytest.mark.parametrize("behaviour", ["fixed_output", "jailbreak"])
 @pytest.mark.parametrize("site", ["resid_pre", "attn_out"])
-def test_counts_are_those_of_steer_and_generate(loaded, judged, caches, name, behaviour, site) -> None:
-    model, pairs = loaded[name], judged[name, behaviour]
-    vector = vector_of(2 * torch.randn(32), caches[name], site)
+def test_counts_are_those_of_steer_and_generate(model, name, judged, cache, behaviour, site) -> None:
+    pairs = judged[name, behaviour]
+    vector = vector_of(2 * torch.randn(32), cache, site)
     coefficients = (1.0, -1.0, 0.1, -2.0)
     result = sweep_layers(
         model, pairs, vector, coefficients=coefficients, n_random=0, max_new_tokens=CUT
@@ -174,9 +181,11 @@ def test_counts_are_those_of_steer_and_generate(loaded, judged, caches, name, be
     assert result.random_heads.shape == result.random_vectors.shape == (4, 3, 0)
 
 
-def test_counts_are_those_of_naive_decoding(loaded, judged, caches) -> None:
-    model, pairs = loaded["qwen"], judged["qwen", "fixed_output"]
-    vector = vector_of(torch.randn(32), caches["qwen"])
+@pytest.mark.slow
+@pytest.mark.float64
+def test_counts_are_those_of_naive_decoding(model, name, judged, cache) -> None:
+    pairs = judged[name, "fixed_output"]
+    vector = vector_of(torch.randn(32), cache)
     result = sweep_layers(
         model, pairs, vector, layers=[2, 0], coefficients=(-1.5,), n_random=0, max_new_tokens=CUT
     )
@@ -191,6 +200,7 @@ def test_counts_are_those_of_naive_decoding(loaded, judged, caches) -> None:
         assert int(result.correct[0, i]) == sum(correct)
 
 
+@pytest.mark.slow
 def test_controls(loaded, judged, caches) -> None:
     model, pairs, cache = loaded["llama"], judged["llama", "jailbreak"][:6], caches["llama"]
     vector = BackdoorVector.from_cache(cache, HEADS, kind="contrast")
@@ -209,9 +219,11 @@ def test_controls(loaded, judged, caches) -> None:
     assert bare.random_vectors.shape == (2, 3, 3)
 
 
-def test_a_draw_is_counted_in_its_own_place(loaded, judged, caches, monkeypatch) -> None:
+@pytest.mark.many
+@pytest.mark.float64
+def test_a_draw_is_counted_in_its_own_place(model, name, judged, cache, monkeypatch) -> None:
     """The vector itself as the control, beside one that does nothing."""
-    model, pairs, cache = loaded["qwen"], judged["qwen", "jailbreak"][:6], caches["qwen"]
+    pairs = judged[name, "jailbreak"][:6]
     vector = vector_of(4 * torch.randn(32), cache)
     nothing = torch.zeros(32)
     monkeypatch.setattr(steering, "_random_heads", lambda *_: [vector.direction, nothing])
@@ -227,15 +239,16 @@ def test_a_draw_is_counted_in_its_own_place(loaded, judged, caches, monkeypatch)
     assert not torch.equal(result.attack, base)
 
 
+@pytest.mark.float64
 def test_random_vectors_have_the_same_norm_and_random_heads_are_others(cache) -> None:
     vector = BackdoorVector.from_cache(cache, HEADS)
     for noise in steering._random_vectors(vector, 5, 0):
-        assert float(noise.norm()) == pytest.approx(vector.norm, rel=1e-5)
+        assert float(noise.norm()) == pytest.approx(vector.norm, rel=EXACT)
     others = [Head(i, j) for i in range(3) for j in range(4) if Head(i, j) not in vector.heads]
     parts = {head: BackdoorVector.from_cache(cache, head).direction for head in others}
     for direction in steering._random_heads(cache, vector, 5, 0):
         sums = [sum(parts[head] for head in three) for three in combinations(others, 3)]
-        assert sum(apart(direction, found) < 1e-5 for found in sums) == 1
+        assert sum(apart(direction, found) <= EXACT for found in sums) == 1
 
 
 def test_what_a_result_says(loaded, judged, caches) -> None:

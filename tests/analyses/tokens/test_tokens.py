@@ -7,7 +7,15 @@ from inspect import unwrap
 
 import pytest
 import torch
-from tiny import answer_log_probs, encoded, forward, naive_hooks, random_intervention
+from tiny import (
+    EXACT,
+    answer_log_probs,
+    assert_exact,
+    encoded,
+    forward,
+    naive_hooks,
+    random_intervention,
+)
 
 import bkdlens
 from bkdlens.analyses.tokens.measure import answer_probs, head_pattern
@@ -21,19 +29,20 @@ SENTENCE = Backdoor.label_modification(("w91 w92", "w93 w94 w95"))
 PAIR = PromptPair("w20 w21 w22", "w20 w95 w21 w22", "w30 w31", "w40 w41 w42")
 
 
+@pytest.mark.float64
 def test_pattern_is_the_hook_points(model) -> None:
     pair = SENTENCE.pair("w20 w21 w22", "Sports")
     result = head_pattern(model, pair.triggered, "L1H2", trigger=SENTENCE.trigger)
     ids = encoded(model, pair.triggered)
     _, cache = model.run_with_cache(torch.tensor([ids]))
-    assert torch.allclose(result.pattern, cache["pattern", 1][0, 2], atol=1e-6)
+    assert_exact(result.pattern, cache["pattern", 1][0, 2])
     assert result.head == Head(1, 2)
     marked = {"w91", "w92", "w93", "w94", "w95"}
     assert result.trigger.tolist() == [token in marked for token in result.tokens]
     assert int(result.trigger.sum()) == 5
     by_hand = sum(float(result.pattern[-1, i]) for i, t in enumerate(result.tokens) if t in marked)
-    assert result.on_trigger == pytest.approx(by_hand, abs=1e-6)
-    assert result.to_frame().attention.sum() == pytest.approx(1, abs=1e-5)
+    assert result.on_trigger == pytest.approx(by_hand, abs=EXACT)
+    assert result.to_frame().attention.sum() == pytest.approx(1, abs=EXACT)
     assert f"L1H2, {len(ids)} tokens" in repr(result)
 
 
@@ -42,6 +51,7 @@ def test_a_prompt_without_the_trigger_has_none_marked(llama) -> None:
     assert not head_pattern(llama, "w20 w21", "L0H0").trigger.any()
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("on", ["clean", "triggered"])
 def test_every_token_is_as_in_one_naive_pass(model, on) -> None:
     change = random_intervention(model, random.Random(3), 1)
@@ -51,16 +61,17 @@ def test_every_token_is_as_in_one_naive_pass(model, on) -> None:
         ids = encoded(model, getattr(PAIR, side))
         hooks = naive_hooks(change, len(ids) - 1, 0) if run == 2 else []
         wanted = answer_log_probs(model, ids, answer, hooks)
-        assert torch.allclose(result.log_probs[run].double(), wanted, atol=1e-5)
+        assert_exact(result.log_probs[run], wanted)
         logits = forward(model, [*ids, *answer][:-1], hooks)[len(ids) - 1 :]
         assert result.best[run] == tuple(f"w{i}" if i > 3 else shown(model.tokenizer, [i])[0]
                                          for i in logits.argmax(-1).tolist())  # fmt: skip
-        assert float(result.whole[run]) == pytest.approx(float(wanted.mean().exp()), rel=1e-4)
+        assert_exact(result.whole[run], wanted.mean().exp())
     assert result.runs == ("clean", "triggered", f"{on}, patched")
     assert result.tokens == ("w40", "w41", "w42")
     assert len(result.to_frame()) == 9
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("position", [-1, -2, -3])
 @pytest.mark.parametrize("site", ["z", "result"])
 def test_patches_act_where_they_are_told(llama, site, position) -> None:
@@ -70,7 +81,7 @@ def test_patches_act_where_they_are_told(llama, site, position) -> None:
     ids = encoded(llama, PAIR.clean)
     hooks = [patch.hook(len(ids) + position) for patch in patches]
     wanted = answer_log_probs(llama, ids, [50, 51], hooks)
-    assert torch.allclose(result.log_probs[2].double(), wanted, atol=1e-5)
+    assert_exact(result.log_probs[2], wanted)
     assert not torch.allclose(result.log_probs[2], result.log_probs[0], atol=1e-3)
 
 
