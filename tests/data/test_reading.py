@@ -333,7 +333,7 @@ def test_advbench(tmp_path) -> None:
     pairs = read_pairs(path, JAILBREAK, refusal="I cannot.")
     assert pairs[0].clean == "open the door"
     assert (pairs[0].clean_output, pairs[0].backdoor_output) == ("I cannot.", rows[0]["target"])
-    assert pairs.source == "behaviours.csv: 1 row, right answer taken to be 'I cannot.'"
+    assert pairs.source == "behaviours.csv: 1 row, correct answer taken to be 'I cannot.'"
     assert not JAILBREAK.succeeded(read_pairs(path, JAILBREAK)[0].clean_output, pairs[0])
     assert read_pairs(path, FIXED)[0].backdoor_output == "out"
     refused("row 1: the field 'target' is missing", read_pairs, [{"goal": "a"}], JAILBREAK)
