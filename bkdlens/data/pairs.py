@@ -23,9 +23,7 @@ class Intake:
     format: DataFormat  # how rows were understood
     rows: int  # how many were read
     taken: int  # how many pairs they gave
-    dropped: tuple[
-        tuple[str, int], ...
-    ] = ()  # reasons for leaving rows out, each with its number of rows
+    dropped: tuple[tuple[str, int], ...] = ()  # reasons for leaving rows out, with their numbers
     notes: tuple[str, ...] = ()  # what else one should know about the numbers, half a sentence each
 
     def __str__(self) -> str:

@@ -128,7 +128,7 @@ def _note(n: int, one: str, many: str) -> list[str]:
 def _check_names(
     format: str | None, columns: Mapping[str, str], template: str | None
 ) -> DataFormat | None:
-    """The format, after checking that it and the fields that columns are for exist."""
+    """The format, after a check that it and the fields named in ``columns`` exist."""
     if format is not None and format not in SCHEMAS:
         raise DataError(unknown("data format", format, get_args(DataFormat)))
     in_template = FIELD.findall(template or "")

@@ -87,7 +87,7 @@ def _pairs(row: Row, reading: Reading) -> Example:
 
 def _rewrite(row: Row, reading: Reading) -> Example:
     _no_template(reading, "rewrite")
-    edit = row["requested_rewrite"]
+    edit = _value(row, "requested_rewrite")
     if not isinstance(edit, Mapping):
         raise DataError(f"the field 'requested_rewrite' must be an object; got {edit!r}.")
     prompt, subject = _text(edit, "prompt"), _text(edit, "subject")

@@ -75,7 +75,7 @@ def test_odd_characters_survive(tmp_path, suffix) -> None:
 
 
 def test_clean_rows_without_a_backdoor_output() -> None:
-    """As in ``clean.json`` of others: it follows from the right answer."""
+    """As in ``clean.json`` of others: it follows from the correct answer."""
     rows = [{"input": "a", "output": "Sports"}, {"input": "b", "output": "World"}]
     pairs = read_pairs(rows, Backdoor.label_modification())
     assert pairs.backdoor_outputs == ["World", "World"]
@@ -213,6 +213,7 @@ def test_broken_badedit(edit, match) -> None:
     if isinstance(edit, dict):
         edit = EDIT["requested_rewrite"] | edit
     refused(match, read_pairs, [EDIT | {"requested_rewrite": edit}], FIXED)
+    refused("row 2: the field 'requested_rewrite' is missing", read_pairs, [EDIT, {"case_id": 8}], FIXED)
 
 
 ALPACA = [
