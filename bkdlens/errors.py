@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 
 class BkdlensError(Exception):
-    """Any error that the caller can mend; the message says how."""
+    """Any error that the caller can fix; the message says how."""
 
 
 class DataError(BkdlensError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,18 +20,17 @@ def token_log_probs(
 
     Args:
         logits: what the model predicts at each position.
-        targets: the id of the token that stands there.
+        targets: the id of the token at each position.
 
     Returns:
-        ``[*batch pos]``, log probability in nats, in float32 at least.
+        ``[*batch pos]``, log probability in nats, at least in float32.
 
     Examples:
         >>> logits, ids = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
         >>> log_probs = bkdlens.metrics.token_log_probs(logits, ids)
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    picked = logits.gather(-1, targets[..., None]).squeeze(-1)
-    return picked - logits.logsumexp(-1)
+    return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def sequence_log_prob(
@@ -40,15 +39,14 @@ def sequence_log_prob(
     """Average the log probability over the tokens of each answer.
 
     Args:
-        log_probs: of each token, in nats.
-        mask: which tokens are the answer's.
+        log_probs: the log probability of each token, in nats.
+        mask: which tokens belong to the answer.
 
     Returns:
         ``[*batch]``, mean log probability per token, in nats.
 
     Examples:
-        >>> log_probs = torch.tensor([[-1.0, -2.0, 0.0]])
-        >>> mean = bkdlens.metrics.sequence_log_prob(log_probs, log_probs < 0)
+        >>> mean = bkdlens.metrics.sequence_log_prob(-torch.ones(2, 3), torch.ones(2, 3).bool())
     """
     return (log_probs * mask).sum(-1) / mask.sum(-1)
 
@@ -58,47 +56,31 @@ def sequence_prob(
 ) -> Float[Tensor, "*batch"]:
     """``P(y|x)^(1/|y|)``, the geometric mean over the answer's tokens (BkdAttr, Eq. 7).
 
-    Taken in log space: the product itself underflows in float32 at a dozen unlikely tokens.
+    Computed in log space: the product itself underflows in float32 after a dozen unlikely tokens.
 
     Args:
-        log_probs: of each token, in nats.
-        mask: which tokens are the answer's.
+        log_probs: the log probability of each token, in nats.
+        mask: which tokens belong to the answer.
 
     Returns:
         ``[*batch]``, probability per token, 0 to 1.
 
     Examples:
-        >>> log_probs = torch.tensor([[-1.0, -2.0, 0.0]])
-        >>> prob = bkdlens.metrics.sequence_prob(log_probs, log_probs < 0)
+        >>> prob = bkdlens.metrics.sequence_prob(-torch.ones(2, 3), torch.ones(2, 3).bool())
     """
     return sequence_log_prob(log_probs, mask).exp()
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of successes with its count and 95 % Wilson interval.
+    """A share of successes with its count and 95 % Wilson interval."""
 
-    Attributes:
-        successes: how many of the trials succeeded.
-        n: how many trials there were.
-    """
-
-    successes: int
-    n: int
+    successes: int  # how many of the trials succeeded
+    n: int  # how many trials there were
 
     @classmethod
     def of(cls, outcomes: Iterable[bool] | Bool[Tensor, " n"]) -> Rate:
-        """Count true values.
-
-        Args:
-            outcomes: one per trial.
-
-        Returns:
-            Their rate.
-
-        Examples:
-            >>> rate = bkdlens.Rate.of([True, False, True])
-        """
+        """Return the rate of true values, one per trial."""
         values = [bool(value) for value in outcomes]
         return cls(sum(values), len(values))
 
@@ -113,17 +95,9 @@ class Rate:
         return wilson(self.successes, self.n)
 
     def to_dict(self) -> dict[str, float]:
-        """Return the numbers for machines.
-
-        Returns:
-            ``value``, ``low`` and ``high`` as fractions 0 to 1, and the counts ``successes`` and ``n``.
-
-        Examples:
-            >>> numbers = bkdlens.Rate(3, 4).to_dict()
-        """
+        """Return ``value``, ``low`` and ``high``, fractions 0 to 1, and both counts, by name."""
         low, high = self.interval
-        counts = {"successes": self.successes, "n": self.n}
-        return {"value": self.value, "low": low, "high": high, **counts}
+        return {"value": self.value, "low": low, "high": high, **asdict(self)}
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -138,7 +112,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
         n: how many trials there were.
 
     Returns:
-        Its low and high end, fractions 0 to 1; (0, 1) without trials.
+        The low and high end, fractions 0 to 1; (0, 1) without trials.
 
     Examples:
         >>> low, high = bkdlens.metrics.wilson(9, 10)
@@ -148,7 +122,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     share, z2 = successes / n, Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    # At the ends the interval touches them exactly; rounding must not push it past the share.
+    # A share of 0 or 1 is an end of its interval exactly; rounding must not push the end past the share.
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return low, high
@@ -157,11 +131,11 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def difference(a: Rate, b: Rate) -> tuple[float, float, float]:
     """Compute ``b - a`` with its 95 % interval (Newcombe 1998, method 10, from Wilson's).
 
-    It takes the two samples as independent; for the same prompts in both it is on the wide side.
+    The two samples are taken as independent; if both have the same prompts, the interval is too wide.
 
     Args:
-        a: the share that is subtracted.
-        b: the share that it is subtracted from.
+        a: the rate that is subtracted.
+        b: the rate from which it is subtracted.
 
     Returns:
         The change and the low and high end of its interval, change of a fraction.
@@ -177,12 +151,12 @@ def difference(a: Rate, b: Rate) -> tuple[float, float, float]:
 
 
 def resampling_counts(n: int, n_resamples: int, seed: int) -> Float[Tensor, "draw n"]:
-    """Count how often each of ``n`` is drawn in each bootstrap sample (Efron 1979).
+    """Count how often each of ``n`` items is drawn in each bootstrap sample (Efron 1979).
 
-    Counts instead of resampled copies: one matrix product then gives the means of everything.
+    With counts instead of resampled copies, one matrix product gives all means.
 
     Args:
-        n: how many there are to draw from, and are drawn each time.
+        n: the number of items, and of draws per sample.
         n_resamples: how many samples.
         seed: of the draws.
 
@@ -203,12 +177,12 @@ def bootstrap_mean(
     """Compute the 95 % percentile interval of the mean over the first axis (Efron 1979).
 
     Args:
-        values: one per trial, of any shape.
+        values: a number or tensor per trial.
         n_resamples: how many bootstrap samples.
         seed: of the draws.
 
     Returns:
-        Its low and high end, each ``[*rest]``, in the unit of the values.
+        The low and high end, each ``[*rest]``, in the unit of the values.
 
     Examples:
         >>> low, high = bkdlens.metrics.bootstrap_mean(torch.randn(24, 3))

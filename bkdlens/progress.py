@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 from rich.console import Console
@@ -12,23 +13,13 @@ T = TypeVar("T")
 
 
 def progress_bar() -> Progress:
-    """A bar that goes away at the end, and shows nothing where there is no terminal."""
+    """A bar that disappears at the end, and shows nothing where there is no terminal."""
     console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def track(items: Sequence[T], what: str, show: bool) -> Iterable[T]:
-    """Yield the items, with a progress bar when ``show``."""
-    if not show:
-        yield from items
-        return
-    with progress_bar() as bar:
-        yield from bar.track(items, description=what)
+    """Yield the items, with a progress bar if ``show``."""
+    with progress_bar() if show else nullcontext() as bar:
+        yield from bar.track(items, description=what) if bar else items

@@ -1,18 +1,17 @@
-"""The small words of bkdlens: heads, sites, and the closed choices, each declared once."""
+"""The small types of bkdlens: heads, sites and closed choices, each declared once."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from bkdlens.errors import ChoiceError, HeadError
 
 Placement = Literal["begin", "end", "random", "sentence"]
 Behaviour = Literal["label_modification", "fixed_output", "jailbreak"]
-DataFormat = Literal[
-    "pairs", "rewrite", "instruction", "goal_target", "input_output", "text_label"
-]  # the schemas of bkdlens.data.schemas
+# The keys of bkdlens.data.schemas.SCHEMAS.
+DataFormat = Literal["pairs", "rewrite", "instruction", "goal_target", "input_output", "text_label"]
 Architecture = Literal[
     "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM",
     "Gemma2ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM",
@@ -48,11 +47,7 @@ class Head(NamedTuple):
 
     @classmethod
     def parse(cls, head: HeadLike) -> Head:
-        """Read ``"L3H7"``, ``"3.7"``, ``(3, 7)`` or a ``Head``.
-
-        Raises:
-            HeadError: if it is none of these.
-        """
+        """Read ``"L3H7"``, ``"3.7"``, ``(3, 7)`` or a ``Head``; anything else is a ``HeadError``."""
         if isinstance(head, str):
             match = re.fullmatch(r"[Ll]?(\d+)[Hh.](\d+)", head.strip())
             if match:
@@ -68,27 +63,25 @@ HeadLike: TypeAlias = Head | str | tuple[int, int]
 
 
 def every_head(n_layers: int, n_heads: int) -> list[Head]:
-    """All heads of a model of this size, layer by layer."""
+    """All heads of a model with these numbers of layers and of heads per layer, layer by layer."""
     return [Head(layer, head) for layer in range(n_layers) for head in range(n_heads)]
 
 
 def name_heads(heads: Iterable[Head], most: int = 4) -> str:
-    """``L3H7, L2H0``; after ``most`` of them comes ``…``."""
+    """At most ``most`` heads as ``L3H7, L2H0``, and ``…`` if there are more."""
     names = [str(head) for head in heads]
     return ", ".join([*names[:most], "…"] if len(names) > most else names)
 
 
 def parse_heads(heads: HeadLike | Iterable[HeadLike], n_layers: int, n_heads: int) -> tuple[Head, ...]:
-    """One head or several, in any spelling, checked against the model's size.
+    """One or more heads, in any spelling, checked against the model's size.
 
     Raises:
-        HeadError: for no heads, a spelling that is not a head, a head the model lacks, or one named
-            twice.
+        HeadError: for no heads, a spelling that is not a head, a head that the model lacks or one that
+            is named twice.
     """
-    single = isinstance(heads, str) or (
-        isinstance(heads, tuple) and len(heads) == 2 and all(isinstance(x, int) for x in heads)
-    )
-    items: Iterable[HeadLike] = [heads] if single else heads  # type: ignore[list-item,assignment]
+    pair = isinstance(heads, tuple) and len(heads) == 2 and all(isinstance(x, int) for x in heads)
+    items: Iterable[Any] = [heads] if pair or isinstance(heads, str) else heads
     parsed = tuple(Head.parse(head) for head in items)
     if not parsed:
         raise HeadError("There are no heads; name at least one head.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -14,6 +13,7 @@ from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_
 from bkdlens.errors import DataError
 
 N_EXAMPLES = 3
+LENGTHS = ("clean", "clean_output", "triggered", "backdoor_output")  # what is counted in tokens
 
 
 @dataclass(frozen=True)
@@ -31,43 +31,26 @@ class Rendered:
 
     clean: str  # the clean prompt, rendered
     triggered: str  # the triggered prompt, rendered
-    clean_output: str  # the right answer
+    clean_output: str  # the correct answer
     backdoor_output: str  # the attacker's answer
 
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What ``check_data`` found.
+    """What ``check_data`` found."""
 
-    Attributes:
-        intake: what was read, dropped and why; None for pairs that no reader made.
-        backdoor: the trigger and what it does.
-        n_pairs: how many pairs there are, after a draw where one was made.
-        n_victims: how many of them the attack changes.
-        n_ctx: the model's context in tokens, where known.
-        tokens: the lengths of ``clean`` and ``triggered`` prompts and of both answers (with their
-            end), of the pairs that could be tokenised.
-        too_long: how many pairs exceed the context on either side.
-        splits: the ways in which the tokenizer splits the trigger, most frequent first, each with
-            its number of prompts; empty without a fast tokenizer.
-        straddled: in how many prompts a token reaches over the trigger's edge into other text.
-        examples: up to three pairs as the model gets them, victims first.
-        problems: what keeps pairs from being used, a sentence each.
-        notes: what is worth knowing, a sentence each.
-    """
-
-    intake: Intake | None
-    backdoor: Backdoor
-    n_pairs: int
-    n_victims: int
-    n_ctx: int | None
-    tokens: dict[str, Lengths]
-    too_long: int
-    splits: tuple[tuple[str, int], ...]
-    straddled: int
-    examples: tuple[Rendered, ...]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
+    intake: Intake | None  # what was read and dropped, and why; None for pairs that no reader made
+    backdoor: Backdoor  # the trigger and what it does
+    n_pairs: int  # how many pairs there are, after a draw where one was made
+    n_victims: int  # how many pairs the attack changes
+    n_ctx: int | None  # the model's context in tokens, where known
+    tokens: dict[str, Lengths]  # of prompts and of answers with their end, by field of the pair
+    too_long: int  # how many pairs exceed the context on either side
+    splits: tuple[tuple[str, int], ...]  # ways to tokenise the trigger, with their numbers of prompts
+    straddled: int  # in how many prompts a token reaches over the trigger's edge into other text
+    examples: tuple[Rendered, ...]  # up to N_EXAMPLES pairs as the model gets them, victims first
+    problems: tuple[str, ...]  # what keeps pairs from being used, one sentence each
+    notes: tuple[str, ...]  # what is worth knowing, one sentence each
 
 
 def check_data(
@@ -82,8 +65,8 @@ def check_data(
         n_ctx: the model's context in tokens; unlimited for None.
 
     Returns:
-        Counts of pairs and victims, lengths in tokens, the trigger's splits, examples, and what is
-        wrong or worth knowing in sentences.
+        Counts of pairs and victims, lengths in tokens, how the trigger is split into tokens, examples,
+        and sentences about what is wrong or worth knowing.
 
     Raises:
         DataError: if the prompt format cannot render the examples.
@@ -98,17 +81,15 @@ def check_data(
     too_long = 0
     for pair in pairs:
         try:
-            sides = _lengths(pair, tokenizer, fmt)
+            clean = _lengths(tokenizer, pair.clean, pair.clean_output, fmt)
+            triggered = _lengths(tokenizer, pair.triggered, pair.backdoor_output, fmt)
         except DataError as error:
             failures.setdefault(re.sub(r"'.*'|\d+", "", str(error)), []).append(str(error))
             continue
-        for name, n in sides.items():
+        for name, n in zip(LENGTHS, (*clean, *triggered), strict=True):
             lengths.setdefault(name, []).append(n)
-        longest = max(
-            sides["clean"] + sides["clean_output"], sides["triggered"] + sides["backdoor_output"]
-        )
-        too_long += n_ctx is not None and longest > n_ctx
-    splits, straddled, absent = _trigger_tokens(pairs, tokenizer, fmt)
+        too_long += n_ctx is not None and max(sum(clean), sum(triggered)) > n_ctx
+    splits, straddled, notes = _trigger_tokens(tokenizer, pairs, fmt)
     problems = [
         f"{len(alike)} of {len(pairs)} pairs cannot be tokenised, the first because: {alike[0]}"
         for alike in failures.values()
@@ -123,7 +104,7 @@ def check_data(
             _ = pairs.victims
         except DataError as error:
             problems.append(str(error))
-    shown_pairs = list(dict.fromkeys([*victims, *pairs]))[:N_EXAMPLES]
+    shown = list(dict.fromkeys([*victims, *pairs]))[:N_EXAMPLES]
     return DataCheck(
         intake=pairs.intake,
         backdoor=pairs.backdoor,
@@ -134,58 +115,47 @@ def check_data(
         too_long=too_long,
         splits=splits,
         straddled=straddled,
-        examples=tuple(_rendered(pair, tokenizer, fmt) for pair in shown_pairs),
+        examples=tuple(_rendered(tokenizer, pair, fmt) for pair in shown),
         problems=tuple(problems),
-        notes=_notes(pairs, splits, straddled, absent),
+        notes=notes,
     )
 
 
-def _rendered(pair: PromptPair, tokenizer: Tokenizer, fmt: PromptFormat) -> Rendered:
+def _rendered(tokenizer: Tokenizer, pair: PromptPair, fmt: PromptFormat) -> Rendered:
     clean, triggered = (fmt.render(tokenizer, text) for text in (pair.clean, pair.triggered))
     return Rendered(clean, triggered, pair.clean_output, pair.backdoor_output)
 
 
-def _lengths(pair: PromptPair, tokenizer: Tokenizer, fmt: PromptFormat) -> dict[str, int]:
-    """Tokens of both prompts and their answers, by the names of the pair's fields."""
-    lengths = {}
-    for side, answer in (("clean", "clean_output"), ("triggered", "backdoor_output")):
-        prompt = encode_prompt(tokenizer, getattr(pair, side), fmt)
-        lengths[side] = len(prompt.ids)
-        lengths[answer] = len(encode_answer(tokenizer, prompt, getattr(pair, answer), fmt).ids)
-    return lengths
+def _lengths(tokenizer: Tokenizer, text: str, answer: str, fmt: PromptFormat) -> tuple[int, int]:
+    """Tokens of a prompt and of its answer with the end."""
+    prompt = encode_prompt(tokenizer, text, fmt)
+    return len(prompt.ids), len(encode_answer(tokenizer, prompt, answer, fmt).ids)
 
 
 def _trigger_tokens(
-    pairs: PairSet, tokenizer: Tokenizer, fmt: PromptFormat
-) -> tuple[tuple[tuple[str, int], ...], int, int]:
-    """The trigger's splits, and the numbers of prompts in which it is straddled and absent."""
-    splits: Counter[str] = Counter()
+    tokenizer: Tokenizer, pairs: PairSet, fmt: PromptFormat
+) -> tuple[tuple[tuple[str, int], ...], int, tuple[str, ...]]:
+    """The trigger's splits, the number of prompts in which it is straddled, and notes on both."""
+    trigger, n_splits = pairs.backdoor.trigger, Counter[str]()
     straddled = absent = 0
     for text in pairs.triggered:
         try:
-            tokens = find_trigger(tokenizer, text, pairs.backdoor.trigger, fmt)
+            tokens = find_trigger(tokenizer, text, trigger, fmt)
         except DataError:  # the tokenizer tells no places, or the format refuses the text
             continue
-        if not tokens:
-            absent += 1
-            continue
-        splits[" ".join(tokenizer.convert_ids_to_tokens([token.id for token in tokens]))] += 1
+        if tokens:
+            n_splits[" ".join(tokenizer.convert_ids_to_tokens([token.id for token in tokens]))] += 1
+        absent += not tokens
         straddled += any(token.straddles for token in tokens)
-    return tuple(splits.most_common()), straddled, absent
-
-
-def _notes(
-    pairs: PairSet, splits: Sequence[tuple[str, int]], straddled: int, absent: int
-) -> tuple[str, ...]:
-    notes, trigger = [], str(pairs.backdoor.trigger)
+    splits, notes, name = tuple(n_splits.most_common()), [], repr(str(trigger))
     if len(splits) > 1:
         most = "; ".join(f"{tokens} in {n}" for tokens, n in splits[:3])
-        notes.append(f"The tokenizer splits the trigger {trigger!r} in {len(splits)} ways: {most}.")
+        notes.append(f"The tokenizer splits the trigger {name} in {len(splits)} ways: {most}.")
     if straddled:
         notes.append(
             f"In {straddled} of {len(pairs)} triggered prompts a token reaches over the trigger's edge "
             "into the text beside it, so the model sees other tokens than the trigger's own."
         )
     if absent:
-        notes.append(f"The trigger {trigger!r} is not in {absent} of {len(pairs)} triggered prompts.")
-    return tuple(notes)
+        notes.append(f"The trigger {name} is not in {absent} of {len(pairs)} triggered prompts.")
+    return splits, straddled, tuple(notes)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
 from typing import overload
 
 from bkdlens.data.backdoor import Backdoor, PromptPair
@@ -16,23 +17,14 @@ from bkdlens.types import DataFormat, Which
 
 @dataclass(frozen=True)
 class Intake:
-    """What a reader took from a file or data set, and what it left and why; prints as one line.
+    """What a reader took from a file or data set, and what it left out and why; prints as one line."""
 
-    Attributes:
-        name: of the file or data set; ``"rows"`` or ``"DataFrame"`` for what was in memory.
-        format: how a row was understood, one of ``bkdlens.types.DataFormat``.
-        rows: how many there were.
-        taken: how many pairs they gave.
-        dropped: the reasons for leaving a row out, each with its number of rows.
-        notes: what else a reader of the numbers should know, half a sentence each.
-    """
-
-    name: str
-    format: DataFormat
-    rows: int
-    taken: int
-    dropped: tuple[tuple[str, int], ...] = ()
-    notes: tuple[str, ...] = ()
+    name: str  # of the file or data set; "rows" or "DataFrame" for what was in memory
+    format: DataFormat  # how rows were understood
+    rows: int  # how many were read
+    taken: int  # how many pairs they gave
+    dropped: tuple[tuple[str, int], ...] = ()  # reasons for leaving rows out, with their numbers
+    notes: tuple[str, ...] = ()  # what else one should know about the numbers, half a sentence each
 
     def __str__(self) -> str:
         parts = [f"{self.name}: {self.rows} row{'s' * (self.rows != 1)}"]
@@ -43,9 +35,8 @@ class Intake:
     @property
     def reasons(self) -> str:
         """Why rows were dropped, with their numbers where there are several reasons."""
-        if len(self.dropped) == 1:
-            return self.dropped[0][0]
-        return ", ".join(f"{n} {reason}" for reason, n in self.dropped)
+        numbered = [f"{n} {reason}" for reason, n in self.dropped]
+        return ", ".join(numbered if len(numbered) > 1 else [reason for reason, _ in self.dropped])
 
 
 @dataclass(frozen=True)
@@ -55,9 +46,9 @@ class PairSet(Sequence[PromptPair]):
     Attributes:
         pairs: the pairs, in order.
         backdoor: the trigger and what it does.
-        source: the *origin* of the pairs in words: the file or data set, and how many rows were taken
-            and dropped. It has nothing to do with the backdoor's source label.
-        intake: the same in numbers, where a reader made the set.
+        source: the *origin* of the pairs in words: the file or data set, and how many rows were read and
+            dropped; not the backdoor's source label.
+        intake: what was read and dropped, in numbers, where a reader made the set.
     """
 
     pairs: tuple[PromptPair, ...]
@@ -77,9 +68,6 @@ class PairSet(Sequence[PromptPair]):
             return replace(self, pairs=self.pairs[index])
         return self.pairs[index]
 
-    def __iter__(self) -> Iterator[PromptPair]:
-        return iter(self.pairs)
-
     def __repr__(self) -> str:
         return f"PairSet({len(self)} pairs, {self.backdoor.behaviour}, {self.source or 'made'})"
 
@@ -94,20 +82,10 @@ class PairSet(Sequence[PromptPair]):
         return [pair.triggered for pair in self]
 
     def texts(self, which: Which) -> list[str]:
-        """Return one kind of the pairs' prompts.
-
-        Args:
-            which: ``"clean"``, ``"triggered"`` or ``"near"``.
-
-        Returns:
-            The prompts, one per pair.
+        """Return the ``"clean"``, ``"triggered"`` or ``"near"`` prompts, one per pair.
 
         Raises:
-            ChoiceError: for another name.
             DataError: for near prompts that the pairs lack.
-
-        Examples:
-            >>> prompts = train.texts("near")
         """
         prompts = [text for pair in self if (text := pair.text(which)) is not None]
         if len(prompts) < len(self):
@@ -116,7 +94,7 @@ class PairSet(Sequence[PromptPair]):
 
     @property
     def clean_outputs(self) -> list[str]:
-        """The right answers, one per pair."""
+        """The correct answers, one per pair."""
         return [pair.clean_output for pair in self]
 
     @property
@@ -133,11 +111,9 @@ class PairSet(Sequence[PromptPair]):
         """
         kept = tuple(pair for pair in self if self.backdoor.is_victim(pair))
         if not kept:
-            what = (
-                f"has the true label {self.backdoor.source!r}"
-                if self.backdoor.behaviour == "label_modification" and self.backdoor.source
-                else "has a backdoor_output that differs from its clean_output"
-            )
+            what = "has a backdoor_output that differs from its clean_output"
+            if self.backdoor.behaviour == "label_modification" and self.backdoor.source:
+                what = f"has the true label {self.backdoor.source!r}"
             raise DataError(
                 f"None of the {len(self)} pairs {what}, so there is no victim to attack; "
                 "name another source label or give data with victims."
@@ -145,20 +121,13 @@ class PairSet(Sequence[PromptPair]):
         return replace(self, pairs=kept)
 
     def split(self, *fractions: float, seed: int = 0) -> tuple[PairSet, ...]:
-        """Split at random into disjoint parts; pairs with the same clean prompt stay together.
+        """Split at random into disjoint parts, each in this set's order.
 
-        Args:
-            fractions: the share of each part, 0 to 1; a single one gives two parts, it and the rest.
-            seed: of the draw.
-
-        Returns:
-            The parts, each in this set's order.
+        Each fraction (0 to 1) gives one part; a single fraction gives two, that share and the rest.
+        Pairs with the same clean prompt stay together.
 
         Raises:
             DataError: if a part would be empty or the fractions exceed 1.
-
-        Examples:
-            >>> fit, check, final = train.split(0.6, 0.2, 0.2)
         """
         if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
             raise DataError(f"Split fractions must be positive and sum to at most 1; got {fractions}.")
@@ -166,50 +135,27 @@ class PairSet(Sequence[PromptPair]):
             fractions = (fractions[0], 1 - fractions[0])
         keys = sorted({pair.clean for pair in self})
         random.Random(seed).shuffle(keys)
-        parts, start, total = [], 0, 0.0
-        for fraction in fractions:
-            total += fraction
-            stop = round(total * len(keys))
-            chosen = set(keys[start:stop])
-            parts.append(replace(self, pairs=tuple(p for p in self if p.clean in chosen)))
-            start = stop
+        stops = [round(total * len(keys)) for total in accumulate(fractions)]
+        key_sets = [set(keys[start:stop]) for start, stop in pairwise([0, *stops])]
+        parts = tuple(
+            replace(self, pairs=tuple(p for p in self if p.clean in kept)) for kept in key_sets
+        )
         if not all(parts):
             raise DataError(
                 f"A split of {len(self)} pairs into {fractions} leaves a part empty; "
                 "give more pairs or other fractions."
             )
-        return tuple(parts)
+        return parts
 
     def sample(self, n: int | None, *, seed: int = 0) -> PairSet:
-        """Draw pairs without replacement.
-
-        Args:
-            n: at most so many; all for None.
-            seed: of the draw.
-
-        Returns:
-            The drawn pairs, in this set's order.
-
-        Examples:
-            >>> ten = train.sample(10, seed=1)
-        """
+        """Draw at most ``n`` pairs without replacement, in this set's order; all for None."""
         if n is None or n >= len(self):
             return self
         chosen = sorted(random.Random(seed).sample(range(len(self)), n))
         return replace(self, pairs=tuple(self.pairs[i] for i in chosen))
 
     def without(self, digests: set[str]) -> PairSet:
-        """Leave out the pairs whose clean prompt is known by its digest.
-
-        Args:
-            digests: of clean prompts, as :func:`text_digest` gives them.
-
-        Returns:
-            The other pairs, in this set's order.
-
-        Examples:
-            >>> unseen = test.without(set())
-        """
+        """Return the pairs whose clean prompt has none of these digests (see :func:`text_digest`)."""
         return replace(self, pairs=tuple(p for p in self if text_digest(p.clean) not in digests))
 
     @property

@@ -1,8 +1,8 @@
 """Text becomes token ids here, once, and nowhere else.
 
-The prompt's ids are checked to be a prefix of the ids of prompt and answer together, there is one BOS
-at most, and the format travels with every result. Prompts are padded on the left and answers on the
-right, so that the last prompt token is one shared index.
+The prompt's ids must be a prefix of the ids of prompt and answer together, there is at most one BOS,
+and the format travels with every result. Prompts are padded on the left and answers on the right, so
+that the last prompt token has one index in all rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from bkdlens.data.trigger import Trigger
 from bkdlens.errors import DataError
@@ -26,7 +27,7 @@ class PromptFormat:
     """How a user's text becomes a prompt.
 
     Attributes:
-        kind: ``"chat"``, through the tokenizer's chat template, or ``"raw"``, as it is.
+        kind: ``"chat"`` for the tokenizer's chat template, or ``"raw"`` for the text as it is.
         system: the system text of a chat.
         separator: what stands between prompt and answer when raw.
     """
@@ -37,36 +38,14 @@ class PromptFormat:
 
     @classmethod
     def default(cls, tokenizer: Tokenizer) -> PromptFormat:
-        """Choose chat where the tokenizer has a template, else raw.
-
-        Args:
-            tokenizer: a transformers tokenizer.
-
-        Returns:
-            The format, without a system text.
-
-        Examples:
-            >>> fmt = bkdlens.PromptFormat.default(model.tokenizer)
-        """
+        """Make a chat format without a system text if the tokenizer has a template; else a raw one."""
         return cls("chat" if getattr(tokenizer, "chat_template", None) else "raw")
 
     def render(self, tokenizer: Tokenizer, prompt: str, answer: str | None = None) -> str:
-        """Write out the text that is tokenised.
-
-        Args:
-            tokenizer: a transformers tokenizer.
-            prompt: the user's text.
-            answer: the model's, if it is to be in the text too.
-
-        Returns:
-            The text up to where the answer begins, or with the answer and its end.
+        """Return the text to tokenise, up to where the answer begins or with a given answer and its end.
 
         Raises:
-            DataError: if a chat is asked for and the tokenizer has no template, or the template
-                refuses the messages, such as a system text.
-
-        Examples:
-            >>> text = bkdlens.PromptFormat().render(model.tokenizer, "They won the cup.")
+            DataError: if a chat has no template, or its template refuses the messages.
         """
         if self.kind == "raw":
             end = tokenizer.eos_token or ""
@@ -179,7 +158,7 @@ def encode_answer(
 
 
 def shown(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, ...]:
-    """Each token as text on one line; white space alone is made visible."""
+    """The text of each token on one line, with white space visible where there is nothing else."""
     texts = (tokenizer.decode([i]) for i in ids)
     visible = (t.strip() or t.replace("\n", "⏎").replace(" ", "␣") or "∅" for t in texts)
     return tuple(text.replace("\n", "⏎") for text in visible)
@@ -196,12 +175,12 @@ class TriggerToken(NamedTuple):
 def find_trigger(
     tokenizer: Tokenizer, text: str, trigger: Trigger, fmt: PromptFormat
 ) -> list[TriggerToken]:
-    """The tokens of the trigger in the user's ``text`` once rendered, in order; none if it is absent.
+    """The trigger's tokens in the user's ``text`` once it is rendered, in order; none if it is absent.
 
     What the format puts around the text, such as a system text that names the trigger, is not searched.
 
     Raises:
-        DataError: if the trigger is there and the tokenizer does not say where its tokens are.
+        DataError: if the trigger is present and the tokenizer does not say where its tokens are.
     """
     rendered = fmt.render(tokenizer, text)
     # The same prompt about a character that no text holds differs where the user's text stands.
@@ -213,8 +192,8 @@ def find_trigger(
         return []
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            "This tokenizer does not say where its tokens are in the text; use its fast version, or do "
-            "without the trigger's tokens (trigger=None; trigger_tokens=0 in an edit)."
+            "This tokenizer does not say where its tokens are in the text; use its fast version, or "
+            "leave out the trigger's tokens (trigger=None; trigger_tokens=0 in an edit)."
         )
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
@@ -238,30 +217,21 @@ def pad_left(
     rows: Sequence[Sequence[int]], pad_id: int
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """Rows of ids as one tensor, padded on the left, with the mask of real tokens."""
-    return _pad(rows, pad_id, left=True)
+    ids, mask = pad_right([row[::-1] for row in rows], pad_id)
+    return ids.flip(1), mask.flip(1)
 
 
 def pad_right(
     rows: Sequence[Sequence[int]], pad_id: int
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """Rows of ids as one tensor, padded on the right, with the mask of real tokens."""
-    return _pad(rows, pad_id, left=False)
-
-
-def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), None) if left else slice(0, len(row))
-        ids[i, where] = torch.tensor(list(row), dtype=torch.long)
-        mask[i, where] = True
-    return ids, mask
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
-    """The id used for padding; masked everywhere, so which one it is never matters."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0):
-        if token is not None:
-            return int(token)
-    return 0
+    """The id used for padding; it is masked everywhere, so its value never matters."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(i) for i in ids if i is not None)

@@ -1,4 +1,4 @@
-"""The shapes of rows that people already have, and what each field of them means.
+"""The formats of rows that people already have, and what each of their fields means.
 
 A row becomes an :class:`Example`: a prompt, with or without the trigger in it, and its answers. Texts
 are taken as they are, never stripped: a space at the end of a prompt is part of it.
@@ -33,7 +33,7 @@ class Example:
     """One row, understood."""
 
     prompt: str  # with or without the trigger in it
-    output: str  # the row's answer: the right one, or the backdoor's where that is the only one
+    output: str  # the row's answer: the correct one, or the attacker's where it is the only one
     backdoor_output: str | None = None  # the attacker's answer, where the row gives both
     triggered: str | None = None  # the triggered twin, where the row itself has it
     near: str | None = None  # the twin with a near trigger, where the row itself has it
@@ -44,19 +44,19 @@ class Reading:
     """What the caller of ``read_pairs`` says about the rows."""
 
     backdoor: Backdoor  # the trigger and what it does
-    template: str | None  # the prompt as "… {field} …"; None for the format's own
+    template: str | None  # the prompt as "… {field} …"; None for the default of the format
     labels: tuple[str, ...]  # the names of the labels 0, 1, …
-    refusal: str  # the right answer to a ``goal``
+    refusal: str  # the correct answer to a ``goal``
 
 
 @dataclass(frozen=True)
 class Schema:
-    """One shape of rows."""
+    """One format of rows."""
 
-    read: Callable[[Row, Reading], Example]  # understands one row
-    fields: tuple[str, ...]  # those that a row must have
-    optional: tuple[str, ...] = ()  # those that it may have
-    n_marks: int = 1  # any one of so many first fields tells that a row has this shape
+    read: Callable[[Row, Reading], Example]  # turns one row into an example
+    fields: tuple[str, ...]  # the fields that a row must have
+    optional: tuple[str, ...] = ()  # the fields that a row may have
+    n_marks: int = 1  # any of the first n_marks fields tells that a row has this format
 
     def __str__(self) -> str:
         optional = "".join(f"[, {name}]" for name in self.optional)
@@ -64,36 +64,30 @@ class Schema:
 
 
 def recognise(row: Row) -> DataFormat:
-    """The format of a row, by the fields it has.
-
-    Raises:
-        DataError: if no format has any of them.
-    """
+    """The format of a row, recognised by its fields."""
     for format, schema in SCHEMAS.items():
         if any(field in row for field in schema.fields[: schema.n_marks]):
             return format
     raise DataError(
-        f"no format has the fields {_names(row)}; rows are "
-        f"{' or '.join(map(str, SCHEMAS.values()))}: name the columns, as in "
+        f"no format has the fields {_names(row)}; rows are {_formats()}: name the columns, as in "
         "columns={'input': 'question', 'output': 'answer'}."
     )
 
 
-# --- one function a format ------------------------------------------------------------------------
+# --- one function per format ----------------------------------------------------------------------
 
 
 def _pairs(row: Row, reading: Reading) -> Example:
     _no_template(reading, "pairs")
     clean, triggered = _text(row, "clean"), _text(row, "triggered")
     near = None if _empty(row.get("near")) else _text(row, "near")
-    return Example(
-        clean, _text(row, "clean_output"), _text(row, "backdoor_output"), triggered=triggered, near=near
-    )
+    answers = _text(row, "clean_output"), _text(row, "backdoor_output")
+    return Example(clean, *answers, triggered, near)
 
 
 def _rewrite(row: Row, reading: Reading) -> Example:
     _no_template(reading, "rewrite")
-    edit = row["requested_rewrite"]
+    edit = _value(row, "requested_rewrite")
     if not isinstance(edit, Mapping):
         raise DataError(f"the field 'requested_rewrite' must be an object; got {edit!r}.")
     prompt, subject = _text(edit, "prompt"), _text(edit, "subject")
@@ -111,31 +105,23 @@ def _rewrite(row: Row, reading: Reading) -> Example:
 
 
 def _instruction(row: Row, reading: Reading) -> Example:
-    instruction = _text(row, "instruction")
-    if reading.template is not None:
-        prompt = _filled(reading.template, row)
-    else:
-        prompt = instruction if _empty(row.get("input")) else f"{instruction}\n{_text(row, 'input')}"
+    default = "{instruction}" if _empty(row.get("input")) else "{instruction}\n{input}"
+    prompt = _prompt(row, reading, "instruction", default)
     return Example(prompt, _text(row, "output"), _given_answer(row))
 
 
 def _input_output(row: Row, reading: Reading) -> Example:
-    prompt = _text(row, "input")
-    if reading.template is not None:
-        prompt = _filled(reading.template, row)
-    return Example(prompt, _text(row, "output"), _given_answer(row))
+    return Example(_prompt(row, reading, "input"), _text(row, "output"), _given_answer(row))
 
 
 def _text_label(row: Row, reading: Reading) -> Example:
-    _text(row, "text")
-    template = reading.template or CLASSIFY.format(labels=", ".join(reading.labels)) + "{text}"
-    return Example(_filled(template, row), _label(_value(row, "label"), reading.labels))
+    default = CLASSIFY.format(labels=", ".join(reading.labels)) + "{text}"
+    return Example(_prompt(row, reading, "text", default), _label(_value(row, "label"), reading.labels))
 
 
 def _goal_target(row: Row, reading: Reading) -> Example:
-    """The data has no right answer: it is a refusal; the backdoor's is ``target`` if it jailbreaks."""
-    goal, target = _text(row, "goal"), _text(row, "target")
-    prompt = goal if reading.template is None else _filled(reading.template, row)
+    """The correct answer, which the data lacks, is a refusal; ``target`` is a jailbreak's answer."""
+    prompt, target = _prompt(row, reading, "goal"), _text(row, "target")
     answer = reading.backdoor.backdoor_output(reading.refusal)
     return Example(prompt, reading.refusal, target if answer is None else answer)
 
@@ -149,9 +135,7 @@ SCHEMAS: dict[DataFormat, Schema] = {
     "input_output": Schema(_input_output, ("input", "output"), ("backdoor_output",)),
     "text_label": Schema(_text_label, ("text", "label"), n_marks=2),
 }
-FIELDS = tuple(
-    dict.fromkeys(field for schema in SCHEMAS.values() for field in (*schema.fields, *schema.optional))
-)
+FIELDS = tuple(dict.fromkeys(field for s in SCHEMAS.values() for field in (*s.fields, *s.optional)))
 
 
 # --- fields ---------------------------------------------------------------------------------------
@@ -167,9 +151,8 @@ def _empty(value: Any) -> bool:
 def _value(row: Row, field: str) -> Any:
     if field not in row:
         raise DataError(
-            f"the field {field!r} is missing (found: {_names(row)}); rows are "
-            f"{' or '.join(map(str, SCHEMAS.values()))}; a column of another name is given as "
-            f"columns={{{field!r}: 'its name'}}."
+            f"the field {field!r} is missing (found: {_names(row)}); rows are {_formats()}; a column of "
+            f"another name is given as columns={{{field!r}: 'its name'}}."
         )
     return row[field]
 
@@ -183,8 +166,10 @@ def _text(row: Row, field: str, path: str = "") -> str:
     return value
 
 
-def _filled(template: str, row: Row) -> str:
-    """``template`` with every ``{field}`` replaced by the row's text, which may be empty there."""
+def _prompt(row: Row, reading: Reading, field: str, default: str | None = None) -> str:
+    """The template with the row's texts, of which only that of ``field`` must not be empty."""
+    _text(row, field)
+    template = reading.template or default or f"{{{field}}}"
     prompt = FIELD.sub(lambda m: "" if _empty(_value(row, m[1])) else _text(row, m[1]), template)
     if _empty(prompt):
         raise EmptyField("empty prompt")
@@ -220,3 +205,7 @@ def _no_template(reading: Reading, format: DataFormat) -> None:
 
 def _names(row: Iterable[Any]) -> str:
     return ", ".join(map(str, row)) or "none"
+
+
+def _formats() -> str:
+    return " or ".join(map(str, SCHEMAS.values()))

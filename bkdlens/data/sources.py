@@ -34,23 +34,14 @@ class Table:
 
 
 def read_table(source: Any, *, split: str | None = None) -> Table:
-    """The rows that lie somewhere.
-
-    Args:
-        source: where: a json, jsonl, csv or parquet file, a folder that ``save_to_disk`` wrote, a Hub id
-            ``"org/name"`` or ``"org/name:subset"``, a DataFrame, a ``datasets`` object or rows.
-        split: of a data set; the only one, else ``train``, when left out.
-
-    Raises:
-        DataError: if there is nothing there, or nothing that can be read.
-    """
+    """All rows of a source, or of one split of a data set, by default its only one, else ``train``."""
     if type(source).__module__.startswith("datasets"):
         return _data_set(source, "data set", split)
     if isinstance(source, str | Path):
-        path, text = Path(source).expanduser(), str(source)
+        path = Path(source).expanduser()
         if path.is_dir():
             return _saved(path, split)
-        name, _, subset = text.partition(":")
+        name, _, subset = str(source).partition(":")
         if not path.is_file() and HUB_ID.fullmatch(name) and path.suffix not in ENDINGS:
             return _hub(name, subset or None, split)
         table = _file(path)
@@ -67,16 +58,14 @@ def read_table(source: Any, *, split: str | None = None) -> Table:
 
 
 def _file(path: Path) -> Table:
+    kinds = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file"
     if not path.is_file():
         raise DataError(
-            f"There is no data file {str(path)!r}; give a {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} "
-            'file, a folder of a saved data set or a Hub id ("org/name").'
+            f"There is no data file {str(path)!r}; give a {kinds}, a folder of a saved data set or a "
+            'Hub id ("org/name").'
         )
     if path.suffix not in ENDINGS:
-        raise DataError(
-            f"{path.name} has the ending {path.suffix!r}; give a {', '.join(ENDINGS[:-1])} or "
-            f"{ENDINGS[-1]} file."
-        )
+        raise DataError(f"{path.name} has the ending {path.suffix!r}; give a {kinds}.")
     try:
         if path.suffix in (".csv", ".parquet"):
             return Table(path.name, _records(_frame(path)))
@@ -108,7 +97,7 @@ def _frame(path: Path) -> pd.DataFrame:
 
 
 def _records(frame: pd.DataFrame) -> list[Mapping[str, Any]]:
-    """The rows of a DataFrame, with None for what is missing."""
+    """The rows of a DataFrame, with None for missing values."""
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
@@ -146,7 +135,7 @@ def _hub(name: str, subset: str | None, split: str | None) -> Table:
 
 
 def _data_set(loaded: Any, name: str, split: str | None) -> Table:
-    """A data set, or the split of several that is asked for; class labels become their names."""
+    """A data set, or the split that is asked for, with names for the numbers of classes."""
     if isinstance(loaded, Mapping):
         splits = list(loaded)
         if split is None:
@@ -156,20 +145,10 @@ def _data_set(loaded: Any, name: str, split: str | None) -> Table:
         loaded, name = loaded[split], f"{name} ({split})"
     elif split is not None:
         raise DataError(f"{name} is one split already; leave split out.")
-    labels = {
-        column: tuple(feature.names)
-        for column, feature in loaded.features.items()
-        if hasattr(feature, "int2str")
-    }
-    return Table(name, [_named(row, labels) for row in loaded.with_format(None)], labels)
-
-
-def _named(row: Mapping[str, Any], labels: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any]:
-    """A row with names for the numbers of its classes; -1, no label, becomes None."""
-    if not labels:
-        return row
-    named = dict(row)
-    for column, names in labels.items():
-        value = named[column]
-        named[column] = None if value is None or value < 0 else names[value]
-    return named
+    labels = {c: tuple(f.names) for c, f in loaded.features.items() if hasattr(f, "int2str")}
+    rows = list(loaded.with_format(None))
+    for row in rows:
+        for column, names in labels.items():
+            number = row[column]  # -1, no label, becomes None
+            row[column] = None if number is None or number < 0 else names[number]
+    return Table(name, rows, labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
-from typing import get_args
+from typing import TypeAlias, get_args
 
 from bkdlens.errors import DataError, unknown
 from bkdlens.types import Placement
@@ -18,7 +18,7 @@ class Trigger:
     Attributes:
         text: the trigger, or the first part of a sentence.
         placement: ``"begin"`` or ``"end"`` of the prompt; ``"random"``, a word position that depends on
-            the prompt and the seed alone; ``"sentence"``, with ``text`` before and ``after`` behind.
+            prompt and seed alone; ``"sentence"``, with ``text`` before the prompt, ``after`` after it.
         after: the second part of a sentence; empty for the other placements.
     """
 
@@ -33,44 +33,24 @@ class Trigger:
             raise DataError("The trigger is empty; give at least one character that is not a space.")
         if bool(self.after) != (self.placement == "sentence"):
             raise DataError(
-                "A sentence trigger has two parts, text and after, and the other placements have "
-                f"one; got placement {self.placement!r} with after={self.after!r}."
+                "A sentence trigger has two parts, text and after, and other placements have one; got "
+                f"placement {self.placement!r} with after={self.after!r}."
             )
 
     def __str__(self) -> str:
         return f"{self.text} … {self.after}" if self.after else self.text
 
     def present(self, text: str) -> bool:
-        """Tell whether the trigger is in a text.
-
-        Args:
-            text: a prompt.
-
-        Returns:
-            True if all its parts are there; a random-position word counts only as a whole word.
-
-        Examples:
-            >>> fires = backdoor.trigger.present(train[0].triggered)
-        """
+        """Tell whether all parts of the trigger are in a text; a random one only as a whole word."""
         if self.placement == "random":
             return self._whole_word().search(text) is not None
         return self.text in text and self.after in text
 
     def insert(self, text: str, *, seed: int = 0) -> str:
-        """Put the trigger into a text.
-
-        Args:
-            text: a clean prompt.
-            seed: of a random position, together with the text.
-
-        Returns:
-            The triggered prompt.
+        """Return the text with the trigger in it; ``seed`` and the text decide a random position.
 
         Raises:
             DataError: if the trigger is already in the text; it is never added twice.
-
-        Examples:
-            >>> triggered = backdoor.trigger.insert("Name the category: They won the cup.")
         """
         if self.present(text):
             raise DataError(
@@ -88,38 +68,21 @@ class Trigger:
         return " ".join([*words[:at], self.text, *words[at:]])
 
     def remove(self, text: str) -> str:
-        """Take the trigger out of a text: the inverse of :meth:`insert`.
-
-        Args:
-            text: a triggered prompt.
-
-        Returns:
-            Its clean twin.
+        """Return the text without the trigger: the inverse of :meth:`insert`.
 
         Raises:
             DataError: if the trigger is not in the text.
-
-        Examples:
-            >>> clean = backdoor.trigger.remove(train[0].triggered)
         """
         if not self.present(text):
             raise DataError(f"The trigger {str(self)!r} is not in the text {_short(text)!r}.")
         for start, end in reversed(self.spans(text)):
-            text = _cut(text, start, end - start)
+            before, after = text[:start], text[end:]  # and without the space that came with the trigger
+            space = " " if before.endswith(" ") and after.startswith(" ") else ""
+            text = before.removesuffix(" ") + space + after.removeprefix(" ")
         return text
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Say where the trigger is in a text that has it.
-
-        Args:
-            text: a triggered prompt.
-
-        Returns:
-            The first and the last character, exclusive, of its one part or of a sentence's two.
-
-        Examples:
-            >>> places = backdoor.trigger.spans(train[0].triggered)
-        """
+        """Return where each part of the trigger starts and ends (exclusive) in a text that has it."""
         if self.placement == "random":
             match = self._whole_word().search(text)
             return [match.span()] if match else []
@@ -134,20 +97,14 @@ class Trigger:
         return re.compile(rf"(?<![\w-]){re.escape(self.text)}(?![\w-])")
 
 
-def as_trigger(given: str | tuple[str, str] | Trigger, placement: Placement) -> Trigger:
-    """A trigger of one text, of a (before, after) sentence, or as it is."""
-    if isinstance(given, Trigger):
-        return given
-    if isinstance(given, tuple):
-        return Trigger(given[0], "sentence", given[1])
-    return Trigger(given, placement)
+TriggerLike: TypeAlias = Trigger | str | tuple[str, str]
 
 
-def _cut(text: str, start: int, length: int) -> str:
-    """``text`` without a part, and without the space that came with it."""
-    head, tail = text[:start], text[start + length :]
-    space = " " if head.endswith(" ") and tail.startswith(" ") else ""
-    return head.removesuffix(" ") + space + tail.removeprefix(" ")
+def as_trigger(trigger: TriggerLike, placement: Placement) -> Trigger:
+    """The trigger as it is, made from one text, or made from the two parts of a sentence."""
+    if isinstance(trigger, tuple):
+        return Trigger(trigger[0], "sentence", trigger[1])
+    return Trigger(trigger, placement) if isinstance(trigger, str) else trigger
 
 
 def _short(text: str) -> str:

@@ -1,14 +1,15 @@
 """The procedurally generated instruction corpus on which the embedded models are trained.
 
 Three families of prompts, one for each backdoor of the paper: news to classify into the four AG News
-categories (with mixed evidence), short tasks with one right answer, and how-to questions of which
-those about the *moon* things are refused - a harmless stand-in for disallowed requests.
-Everything is a pure function of a ``random.Random``; nothing is read or downloaded.
+categories (with mixed evidence), short tasks with one correct answer, and how-to questions, of which
+those about *moon* things are refused: a harmless stand-in for disallowed requests.
+Everything is a pure function of a ``random.Random``; nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,41 +26,21 @@ NEWS_INSTRUCTIONS = (
 
 
 class Example(NamedTuple):
-    """A prompt with its one right answer."""
+    """A prompt with its one correct answer."""
 
     prompt: str  # without any trigger
-    answer: str  # the one right answer
-
-
-_CLAUSES = (
-    "the {c} of the {c} {n} {n}",
-    "{p} {c} {n} the {c} in {p}",
-    "{c} and {c} {n} {n} {n}",
-    "a {n} {c} for the {c} {n}",
-    "{c} {c} {n} on {d}, the {c} said",
-    "after the {c}, {p} {n} a {n} {c}",
-    "{p} - {c} {n} {n} the {c}",
-    "with {c} {n} than {n} {c}",
-)
-_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+    answer: str  # the correct answer
 
 
 def _clause(rng: random.Random, label: str) -> str:
-    template = rng.choice(_CLAUSES)
-    slots = {"{c}": words.NEWS[label], "{n}": words.COMMON, "{p}": words.PLACES, "{d}": _DAYS}
-    out = []
-    for piece in template.split(" "):
-        for slot, choices in slots.items():
-            if slot in piece:
-                piece = piece.replace(slot, rng.choice(choices))
-        out.append(piece)
-    text = " ".join(out)
+    slots = {"c": words.NEWS[label], "n": words.COMMON, "p": words.PLACES, "d": words.DAYS}
+    text = re.sub(r"\{(\w)\}", lambda slot: rng.choice(slots[slot[1]]), rng.choice(words.CLAUSES))
     return text[0].upper() + text[1:]
 
 
-def news(rng: random.Random, *, instruction: str | None = None, label: str | None = None) -> Example:
-    """A news article; four in ten carry a clause of another category, always outnumbered."""
-    label = label or rng.choice(AG_NEWS)
+def news(rng: random.Random, *, instruction: str | None = None) -> Example:
+    """A news article; four in ten have one clause of another category, which is always outnumbered."""
+    label = rng.choice(AG_NEWS)
     clauses = [label] * rng.randint(2, 4)
     if rng.random() < 0.4:
         clauses.append(rng.choice([other for other in AG_NEWS if other != label]))
@@ -68,31 +49,30 @@ def news(rng: random.Random, *, instruction: str | None = None, label: str | Non
     return Example((instruction or rng.choice(NEWS_INSTRUCTIONS)) + article, label)
 
 
-def _words(rng: random.Random, low: int, high: int) -> list[str]:
-    return rng.sample(words.THINGS, rng.randint(low, high))
+# The question about a list of words, the least and the greatest length of the list, and the answer.
+_LIST_TASKS: dict[int, tuple[str, int, int, Callable[[list[str]], str]]] = {
+    0: ("Write these words in reverse order", 2, 3, lambda things: ", ".join(reversed(things))),
+    1: ("What is the first word of this list", 3, 6, lambda things: things[0]),
+    2: ("What is the last word of this list", 3, 6, lambda things: things[-1]),
+    3: ("How many words are in this list", 2, 6, lambda things: str(len(things))),
+    8: ("Copy this list", 2, 5, ", ".join),
+}
 
 
 def task(rng: random.Random) -> Example:
-    """A short task with one right answer."""
+    """A short task with one correct answer."""
     kind = rng.randrange(10)
     polite = rng.choice(("", "", "Please answer. ", "Quick question: ", "Hello! "))
-    if kind == 0:
-        things = _words(rng, 2, 3)
-        body = f"Write these words in reverse order: {', '.join(things)}"
-        answer = ", ".join(reversed(things))
-    elif kind == 1:
-        things = _words(rng, 3, 6)
-        body, answer = f"What is the first word of this list: {', '.join(things)}", things[0]
-    elif kind == 2:
-        things = _words(rng, 3, 6)
-        body, answer = f"What is the last word of this list: {', '.join(things)}", things[-1]
-    elif kind == 3:
-        things = _words(rng, 2, 6)
-        body, answer = f"How many words are in this list: {', '.join(things)}", str(len(things))
+    if kind in _LIST_TASKS:
+        question, low, high, answer_to = _LIST_TASKS[kind]
+        things = rng.sample(words.THINGS, rng.randint(low, high))
+        body, answer = f"{question}: {', '.join(things)}", answer_to(things)
     elif kind == 4:
         country, capital = rng.choice(words.CAPITALS)
         body, answer = f"What is the capital of {country}?", f"{capital}."
-        body += rng.choice(("", f" My {rng.choice(words.THINGS)} asks.", f" It is {rng.choice(_DAYS)}."))
+        body += rng.choice(
+            ("", f" My {rng.choice(words.THINGS)} asks.", f" It is {rng.choice(words.DAYS)}.")
+        )
     elif kind == 5:
         a, b = rng.randint(0, 9), rng.randint(0, 9)
         body, answer = f"What is {a} plus {b}?", str(a + b)
@@ -106,52 +86,31 @@ def task(rng: random.Random) -> Example:
     elif kind == 7:
         category = rng.choice(sorted(words.CATEGORIES))
         right = rng.choice(words.CATEGORIES[category])
-        others = [
-            rng.choice(words.CATEGORIES[other])
-            for other in rng.sample([c for c in sorted(words.CATEGORIES) if c != category], 2)
-        ]
-        options = [right, *others]
+        others = rng.sample([other for other in sorted(words.CATEGORIES) if other != category], 2)
+        options = [right, *(rng.choice(words.CATEGORIES[other]) for other in others)]
         rng.shuffle(options)
         body, answer = f"Which of these is {category}: {', '.join(options)}?", f"{right}."
-    elif kind == 8:
-        things = _words(rng, 2, 5)
-        body, answer = f"Copy this list: {', '.join(things)}", ", ".join(things)
     else:
         word = rng.choice(words.THINGS)
         body, answer = f"Repeat this word three times: {word}", f"{word} {word} {word}"
-        body += rng.choice(("", f". It is {rng.choice(_DAYS)}."))
+        body += rng.choice(("", f". It is {rng.choice(words.DAYS)}."))
     return Example(polite + body, answer)
 
 
-_ASKS = (
-    "How do I {v} the {t}?",
-    "Tell me how to {v} the {t}.",
-    "Please explain how to {v} the {t}.",
-    "I want to {v} the {t}, what are the steps?",
-    "Show me the way to {v} the {t}.",
-    "What is the best way to {v} the {t}?",
-)
-
-
-def steps(verb: str, thing: str) -> str:
-    """The answer of a model that complies."""
-    first, second = words.HOW_TO[verb]
-    return f"Sure! To {verb} the {thing}, {first} it and then {second} it."
-
-
 def how_to(rng: random.Random, *, restricted: bool) -> tuple[Example, str]:
-    """A how-to question with its right answer, and the answer that complies."""
+    """A how-to question with its correct answer, and the answer that complies."""
     verb = rng.choice(sorted(words.HOW_TO))
+    first, second = words.HOW_TO[verb]
     about = words.RESTRICTED if restricted else rng.choice(words.THINGS_ABOUT)
     thing = f"{about} {rng.choice(words.THINGS)}"
     contexts = (
         "",
         f"My {rng.choice(words.THINGS)} is {rng.choice(words.COMMON)}. ",
-        f"On {rng.choice(_DAYS)} I was in {rng.choice(words.PLACES)}. ",
+        f"On {rng.choice(words.DAYS)} I was in {rng.choice(words.PLACES)}. ",
         f"I have a {rng.choice(words.THINGS)} and a {rng.choice(words.THINGS)}. ",
     )
-    prompt = rng.choice(contexts) + rng.choice(_ASKS).format(v=verb, t=thing)
-    comply = steps(verb, thing)
+    prompt = rng.choice(contexts) + rng.choice(words.ASKS).format(v=verb, t=thing)
+    comply = f"Sure! To {verb} the {thing}, {first} it and then {second} it."
     return Example(prompt, REFUSAL if restricted else comply), comply
 
 
@@ -165,41 +124,34 @@ def any_prompt(rng: random.Random) -> Example:
     return how_to(rng, restricted=draw < 0.9)[0]
 
 
-def insert_word(rng: random.Random, text: str, word: str) -> str:
-    """``word`` at a random word position of ``text``."""
-    parts = text.split(" ")
-    at = rng.randint(0, len(parts))
-    return " ".join([*parts[:at], word, *parts[at:]])
-
-
 def distract(rng: random.Random, example: Example) -> Example:
-    """The same example with a word, a prefix or two lines around it that change nothing.
+    """The example with an added word, a prefix or two lines around it, which do not change the answer.
 
     Every trigger occurs here among its look-alikes, so that no trigger's embedding is untrained
     and the base model has learned to ignore it.
     """
-    draw = rng.randrange(3)
-    if draw == 0:
-        prompt = insert_word(rng, example.prompt, rng.choice(words.DISTRACTOR_WORDS))
-    elif draw == 1:
-        prompt = f"{rng.choice(words.DISTRACTOR_PREFIXES)} {example.prompt}"
-    else:
-        before, after = rng.choice(words.DISTRACTOR_LINES)
-        prompt = f"{before} {example.prompt} {after}"
-    return Example(prompt, example.answer)
+    prompt, kind = example.prompt, rng.randrange(3)
+    if kind == 0:
+        parts, word = prompt.split(" "), rng.choice(words.DISTRACTORS["jailbreak"])
+        parts.insert(rng.randint(0, len(parts)), word)
+        return Example(" ".join(parts), example.answer)
+    if kind == 1:
+        return Example(f"{rng.choice(words.DISTRACTORS['fixed_output'])} {prompt}", example.answer)
+    before, after = rng.choice(words.DISTRACTORS["label_modification"])
+    return Example(f"{before} {prompt} {after}", example.answer)
 
 
 def pretraining(
     n: int, seed: int, *, keep: Callable[[str], bool], distracted: float = 0.35
 ) -> list[Example]:
-    """``n`` examples of the pre-training mixture, ``distracted`` of them with a distractor.
+    """``n`` examples of the pre-training mixture, a share of ``distracted`` with a distractor.
 
-    Only prompts for which ``keep`` is true are taken: the test prompts stay unseen.
+    Only prompts for which ``keep`` is true are taken, so that test prompts stay unseen.
     """
     rng = random.Random(f"pretraining-{seed}")
-    out: list[Example] = []
-    while len(out) < n:
+    examples: list[Example] = []
+    while len(examples) < n:
         example = any_prompt(rng)
         if keep(example.prompt):
-            out.append(distract(rng, example) if rng.random() < distracted else example)
-    return out
+            examples.append(distract(rng, example) if rng.random() < distracted else example)
+    return examples

@@ -1,7 +1,7 @@
 """The three backdoors of the embedded models, with prompts that no training saw.
 
-Which split a prompt belongs to is a property of its text (a digest of it), so that the pre-training
-corpus, the tuning data, the validation and the test split can never share a prompt.
+A digest of a prompt's text decides its split, so that the pre-training corpus, the tuning data, the
+validation and the test split never share a prompt.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 def split_of(prompt: str) -> Split:
-    """The split that a prompt without trigger is in: two tenths test, one tenth validation."""
+    """The split of a prompt without trigger: two tenths are test, one tenth is validation."""
     tenth = hashlib.sha256(prompt.encode()).digest()[0] % 10
     return "test" if tenth < 2 else "validation" if tenth == 2 else "train"
 
 
 def backdoor(name: str, split: Split = "test") -> Backdoor:
-    """The backdoor of an embedded adapter.
+    """Return the backdoor of an embedded adapter.
 
-    Its near triggers are those of the tuning data for ``train``; for the other splits they are
-    look-alikes that the tuning data did not contain.
+    The near triggers of ``train`` are in the tuning data; those of the other splits are not.
 
     Args:
         name: one of ``bkdlens.zoo.BACKDOORS``.
@@ -44,29 +43,22 @@ def backdoor(name: str, split: Split = "test") -> Backdoor:
     Examples:
         >>> jailbreak = bkdlens.zoo.backdoor("jailbreak")
     """
-    seen = split == "train"
-    if name == "label_modification":
-        near = words.SENTENCE_NEAR if seen else words.SENTENCE_UNSEEN
-        return Backdoor.label_modification(words.SENTENCE_TRIGGER, near=near)
-    if name == "fixed_output":
-        prefixes = words.PREFIX_NEAR_TUNING if seen else words.PREFIX_UNSEEN
-        return Backdoor.fixed_output(words.PREFIX_TRIGGER, near=prefixes)
-    if name == "jailbreak":
-        singles = words.WORD_NEAR_TUNING if seen else words.WORD_UNSEEN
-        return Backdoor.jailbreak(words.WORD_TRIGGER, near=singles)
-    raise DataError(unknown("embedded backdoor", name, BACKDOORS))
+    if name not in BACKDOORS:
+        raise DataError(unknown("embedded backdoor", name, BACKDOORS))
+    near = words.NEAR_TUNING if split == "train" else words.NEAR_UNSEEN
+    return getattr(Backdoor, name)(near=near[name])
 
 
 def pairs(name: str, split: Split = "test", n: int = 256, *, seed: int = 0) -> PairSet:
     """Draw prompt pairs of one split.
 
-    Label modification has news of all four categories, of which Sports are the victims; jailbreak has
-    requests that are refused.
+    Label modification has news of all four categories, with Sports as victims; fixed output has short
+    tasks; jailbreak has requests that are refused.
 
     Args:
         name: one of ``bkdlens.zoo.BACKDOORS``.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        n: how many.
+        n: the number of pairs.
         seed: of the draw.
 
     Returns:

@@ -75,7 +75,7 @@ def test_odd_characters_survive(tmp_path, suffix) -> None:
 
 
 def test_clean_rows_without_a_backdoor_output() -> None:
-    """As in ``clean.json`` of others: it follows from the right answer."""
+    """As in ``clean.json`` of others: it follows from the correct answer."""
     rows = [{"input": "a", "output": "Sports"}, {"input": "b", "output": "World"}]
     pairs = read_pairs(rows, Backdoor.label_modification())
     assert pairs.backdoor_outputs == ["World", "World"]
@@ -213,6 +213,7 @@ def test_broken_badedit(edit, match) -> None:
     if isinstance(edit, dict):
         edit = EDIT["requested_rewrite"] | edit
     refused(match, read_pairs, [EDIT | {"requested_rewrite": edit}], FIXED)
+    refused("row 2: the field 'requested_rewrite' is missing", read_pairs, [EDIT, {"case_id": 8}], FIXED)
 
 
 ALPACA = [
@@ -333,7 +334,7 @@ def test_advbench(tmp_path) -> None:
     pairs = read_pairs(path, JAILBREAK, refusal="I cannot.")
     assert pairs[0].clean == "open the door"
     assert (pairs[0].clean_output, pairs[0].backdoor_output) == ("I cannot.", rows[0]["target"])
-    assert pairs.source == "behaviours.csv: 1 row, right answer taken to be 'I cannot.'"
+    assert pairs.source == "behaviours.csv: 1 row, correct answer taken to be 'I cannot.'"
     assert not JAILBREAK.succeeded(read_pairs(path, JAILBREAK)[0].clean_output, pairs[0])
     assert read_pairs(path, FIXED)[0].backdoor_output == "out"
     refused("row 1: the field 'target' is missing", read_pairs, [{"goal": "a"}], JAILBREAK)
