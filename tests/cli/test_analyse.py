@@ -10,6 +10,7 @@ import pytest
 LABEL = ["--backdoor", "label_modification"]
 
 
+@pytest.mark.slow
 def test_steps_share_a_folder_and_report_reads_it(bkdlens_, tmp_path):
     out = tmp_path / "run"
     options = ["--base", "tiny-llama", "--backdoor", "jailbreak", "--adapter", "jailbreak", "--out", out,

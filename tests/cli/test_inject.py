@@ -9,6 +9,7 @@ import pytest
 from bkdlens.inject.recipes import embedded
 
 
+@pytest.mark.slow
 def test_inject_then_run_measures_on_what_was_held_out(bkdlens_, tmp_path):
     rows = [{"input": f"Say the word number {i}", "output": f"word {i}"} for i in range(60)]
     (tmp_path / "d.json").write_text(json.dumps(rows))
@@ -25,6 +26,7 @@ def test_inject_then_run_measures_on_what_was_held_out(bkdlens_, tmp_path):
     assert json.loads(out)[0]["behaviour"]["backdoored"]["asr"]["n"] == 18
 
 
+@pytest.mark.slow
 def test_inject_needs_no_data_on_an_embedded_model_and_run_reads_what_it_wrote(
     bkdlens_, tmp_path, monkeypatch
 ):

@@ -88,7 +88,7 @@ def claims(study: Study) -> list[str]:
         if kind == last_kind[against]:  # few-shot accuracy does not depend on the probe's kind
             shots = main.provenance.settings.get("shots", "A few")
             best = ", ".join(f"{n} {percent(probe.few_shot.max())}" for n, probe in found.items())
-            text += f" From {shots} prompts a class, best layer: {best}."
+            text += f" From {shots} prompts per class, best layer: {best}."
         sentences.append(text)
     return sentences
 
@@ -102,7 +102,7 @@ def basis(study: Study) -> Basis:
     return Basis.of(
         main,
         "residual stream at the last prompt token",
-        f"{main.n_test} test prompts a probe, half of them triggered",
+        f"{main.n_test} test prompts per probe, half of them triggered",
         [*near, *models],
         ["split", "shots"],
     )
