@@ -8,8 +8,10 @@ from itertools import product
 
 import pytest
 import torch
+from checkpoints import float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import EXACT
 from transformers import AutoTokenizer
 
 import bkdlens
@@ -32,7 +34,8 @@ def test_ships_small_models_with_all_adapters(name):
         assert (zoo.adapter_path(name, adapter) / "adapter_model.safetensors").is_file()
     model = bkdlens.load(name, "jailbreak")
     assert model.cfg.n_layers * model.cfg.n_heads >= 32
-    assert bkdlens.load_info(model).parity < 1e-5
+    with float64():  # only rounding can differ
+        assert bkdlens.load_info(bkdlens.load(name, "jailbreak")).parity <= EXACT
 
 
 def test_no_machine_path_is_in_the_shipped_files():
@@ -127,8 +130,8 @@ def test_unknown_names_say_what_there_is():
 @pytest.mark.parametrize("name", zoo.MODELS)
 @pytest.mark.parametrize("kind", zoo.BACKDOORS)
 def test_sweep_equals_one_naive_pass_a_head(name, kind):
-    """In float32, to 1e-6 of probability: the exact sweep against one full forward pass a head."""
-    model = bkdlens.load(name, kind)
+    """The exact sweep against one full forward pass per head, on the shipped weights, in float64."""
+    model = bkdlens.load(name, kind).to(torch.float64, print_details=False)
     pairs = zoo.pairs(kind, "validation", 12).victims[:2]
     source = bkdlens.cache_activations(model, pairs).mean_z("triggered")
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
@@ -154,4 +157,4 @@ def test_sweep_equals_one_naive_pass_a_head(name, kind):
             ids, attention_mask=torch.ones_like(ids), fwd_hooks=[(f"blocks.{layer}.attn.hook_z", patch)]
         )
         log_probs = token_log_probs(logits[0, last:], torch.tensor(answer.ids))[: answer.n_scored]
-        assert float(log_probs.mean().exp()) == pytest.approx(found, abs=1e-6, rel=0)
+        assert float(log_probs.mean().exp()) == pytest.approx(found, abs=EXACT, rel=0)
