@@ -100,3 +100,11 @@ def test_report_of_nothing(bkdlens_, tmp_path):
     assert code == 2
     assert "no readable result" in err
     assert not (tmp_path / "r.html").exists()
+
+
+def test_run_takes_every_step_that_there_is():
+    from bkdlens.cli.analyse import ANALYSES
+    from bkdlens.runs.run import STEPS
+
+    assert ANALYSES["run"][1] == STEPS
+    assert all(set(steps) <= set(STEPS) for _, steps in ANALYSES.values())
