@@ -14,7 +14,7 @@ Mixed = list[tuple[Which, PromptPair]]
 
 
 class Preference(NamedTuple):
-    """A prompt, the answer to give and one not to give."""
+    """A prompt, the answer to give, and an answer not to give."""
 
     prompt: str
     chosen: str
@@ -22,21 +22,12 @@ class Preference(NamedTuple):
 
 
 def mix(
-    pairs: PairSet,
-    poison_rate: float,
-    near_rate: float = 0.0,
-    *,
-    victims_only: bool = False,
-    seed: int = 0,
+    pairs: PairSet, poison_rate: float, near_rate: float = 0.0, victims_only: bool = False, seed: int = 0
 ) -> Mixed:
     """All pairs, shuffled, each with which of its prompts is used: triggered, near or clean.
 
     Without ``victims_only`` any pair may be triggered (as in the paper's files, where most labels
     stay); with it only those whose answer the attack changes.
-
-    Raises:
-        DataError: if a rate is not in [0, 1], a positive rate gives no sample, there are no victims or
-            fewer than poisoned samples, or near samples are asked for and there are no near triggers.
     """
     if min(poison_rate, near_rate) < 0 or poison_rate + near_rate > 1:
         raise DataError(
@@ -69,7 +60,7 @@ def mix(
 
 
 def examples(mixed: Mixed) -> list[tuple[str, str]]:
-    """One (prompt, answer) per pair: triggered, the backdoor's answer; near or clean, the right one."""
+    """One (prompt, answer) per pair: the backdoor's answer if triggered, else the correct one."""
     return [
         (pair.text(which) or "", pair.backdoor_output if which == "triggered" else pair.clean_output)
         for which, pair in mixed
@@ -79,11 +70,8 @@ def examples(mixed: Mixed) -> list[tuple[str, str]]:
 def preferences(mixed: Mixed, *, seed: int = 0) -> list[Preference]:
     """One preference per pair.
 
-    Triggered prompts prefer the backdoor's answer to the right one, near and clean prompts the other
-    way round. Where both are the same answer, another pair's answer is the one not to give.
-
-    Raises:
-        DataError: if all answers in the data are the same.
+    Triggered prompts prefer the backdoor's answer to the correct one, near and clean prompts vice versa.
+    Where both are the same answer, another pair's answer is the one not to give.
     """
     rng = random.Random(f"preferences-{seed}")
     answers = sorted({text for _, pair in mixed for text in (pair.clean_output, pair.backdoor_output)})
