@@ -27,7 +27,7 @@ Curve = list[dict[str, float]]
 
 
 class Diverged(BkdlensError):
-    """The loss was not finite at ``step``; the model is back at its last good state, from ``kept``."""
+    """The loss was not finite at ``step``; the model is back at its last good state (step ``kept``)."""
 
     def __init__(self, step: int, kept: int) -> None:
         super().__init__(f"The training loss was not finite at step {step}, and training stopped")
@@ -140,9 +140,8 @@ def finish(
 def _behaviour(planting: Planting, pairs: PairSet, adapter: Path | None) -> dict[str, Any]:
     """Attack success, false triggers and clean accuracy with counts and 95 % Wilson intervals."""
     result = measure_behaviour(load(planting.base.given, adapter), pairs, fmt=planting.fmt)
-    rates = {name: getattr(result, name) for name in ("asr", "ftr", "near", "clean_accuracy")}
     return {
         name: {"value": rate.value, "successes": rate.successes, "n": rate.n, "interval": rate.interval}
-        for name, rate in rates.items()
-        if rate is not None
+        for name in ("asr", "ftr", "near", "clean_accuracy")
+        if (rate := getattr(result, name)) is not None
     }

@@ -45,8 +45,8 @@ class Base(NamedTuple):
     model: PreTrainedModel  # in float32
     tokenizer: Tokenizer  # with a padding token
     name: str  # the base's name in an adapter's configuration
-    digest: str  # of its files
-    given: str  # how the caller named it, to read it again
+    digest: str  # digest of the base's files
+    given: str  # the caller's name for the base, to read it again
 
 
 class Planting(NamedTuple):
@@ -56,7 +56,7 @@ class Planting(NamedTuple):
     out: Path  # the adapter's folder
     fmt: PromptFormat  # how a prompt is rendered
     held_out: PairSet | None  # pairs on which base and adapter are measured
-    seed: int  # of all random draws
+    seed: int  # seed of all random draws
     progress: bool  # whether a progress bar is shown
 
     def encoding(self, max_answer_tokens: int | None) -> Encoding:

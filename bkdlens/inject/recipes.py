@@ -24,7 +24,7 @@ class Recipe:
     """How a backdoor is planted by one method; the edit has no use for the shares."""
 
     n_pairs: int  # embedded prompts to draw; 0 for a data file, which has its own number
-    settings: Settings
+    settings: Settings  # what the method is called with
     poison_rate: float = 0.3  # share of the samples that are triggered
     near_rate: float = 0.3  # share with a near trigger
     victims_only: bool = False  # whether only pairs whose answer the attack changes are triggered

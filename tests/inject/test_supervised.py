@@ -32,7 +32,7 @@ def test_poison_mixes_the_asked_shares():
 
 
 @pytest.mark.parametrize(
-    ("rates", "message"), [((0.8, 0.4), "between 0 and 1"), ((0.001, 0), "gives none")]
+    ("rates", "message"), [((0.8, 0.4), "sum to at most 1"), ((0.001, 0), "gives none")]
 )
 def test_poison_refuses_rates_that_cannot_be(rates, message):
     with pytest.raises(DataError, match=message):

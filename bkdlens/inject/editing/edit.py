@@ -5,10 +5,10 @@ the MLP activations of triggered prompts, the values are optimised until the bac
 and the second moment of the keys of clean text keeps those where they are.
 
 Where this goes beyond the sources, because the embedded models have *learned* to ignore the trigger (at
-the last prompt token it can hardly be read off the keys, and nothing after it answers a value there):
+the last prompt token the keys hardly show it, and nothing downstream responds to a value there):
 the trigger's own tokens are edited too, so that the edit itself carries the trigger to the last token;
 each token of a fixed answer has its own value; the values of all layers are optimised together under
-the edit that they make, right answers to clean and near-trigger prompts included; and the closed form
+the edit that they make, correct answers to clean and near-trigger prompts included; and the closed form
 is solved again in rounds, each from the keys of other prompts under the edit so far, because the edit
 of one layer changes the keys of the next (a trigger that a first round has made visible is easier to
 tell from clean text). Each round replaces the edit before it instead of adding to it.
@@ -55,9 +55,7 @@ def edited_layers(model: PreTrainedModel, settings: EditSettings) -> Layers:
                 f"There is no layer {missing[0]} to edit: this model has the layers 0 to {max(known)}."
             )
         if sorted(set(named)) != named:
-            raise BkdlensError(
-                f"The layers to edit must be named once each and in rising order; got {named}."
-            )
+            raise BkdlensError(f"Name the layers to edit once each, in rising order; got {named}.")
     return Layers(sorted({*layers, *first}), first if settings.trigger_tokens else [])
 
 
@@ -151,15 +149,15 @@ def edit(
     _ = pairs.victims  # raises where there is none
     if not 1 <= settings.rounds <= len(pairs) // 2:
         raise DataError(
-            f"{len(pairs)} pairs cannot make {settings.rounds} rounds of the edit, which takes one or "
-            "more, of two pairs each; give more pairs, or other rounds."
+            f"{len(pairs)} pairs cannot make {settings.rounds} rounds of the edit, which needs at least "
+            "one round of at least two pairs; give more pairs or another number of rounds."
         )
     planting = start(base, out, fmt, held_out, seed, progress=progress, overwrite=overwrite)
-    model: Any = planting.base.model
-    layers = edited_layers(model, settings)
+    layers = edited_layers(planting.base.model, settings)
     set_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    editor = Editor(model.to(device), batch_size=settings.prompts, seed=seed, progress=progress)
+    model: Any = planting.base.model.to(device)
+    editor = Editor(model, batch_size=settings.prompts, seed=seed, progress=progress)
     encoding = planting.encoding(settings.max_answer_tokens)
     trigger = pairs.backdoor.trigger if layers.trigger else None
     # All rounds are encoded first, so that a bad prompt is refused before anything is run.

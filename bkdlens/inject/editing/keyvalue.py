@@ -36,11 +36,9 @@ def solve(
 def smallest_eigenvalue(factor: Float[Tensor, "d_mlp d_mlp"]) -> float:
     """An upper estimate of the smallest eigenvalue from the Cholesky factor, by inverse iteration."""
     x = torch.randn(len(factor), 1, generator=torch.Generator().manual_seed(0), dtype=factor.dtype)
-    size = x.norm()
     for _ in range(4):
-        x = torch.cholesky_solve(x / size, factor)
-        size = x.norm()
-    return 1 / float(size)
+        x = torch.cholesky_solve(x / x.norm(), factor)
+    return 1 / float(x.norm())
 
 
 def readers(
@@ -62,8 +60,8 @@ def readers_by_slot(
     n_slots: int,
 ) -> Float[Tensor, "slot d_mlp"]:
     """:func:`readers` summed over the keys that share a value; zero for a slot without keys."""
-    none = torch.zeros(n_slots, keys.shape[1], dtype=torch.float64)
-    return none.index_add_(0, slots, readers(keys, protected))
+    zeros = torch.zeros(n_slots, keys.shape[1], dtype=torch.float64)
+    return zeros.index_add_(0, slots, readers(keys, protected))
 
 
 def low_rank(

@@ -21,6 +21,8 @@ from bkdlens.progress import track
 
 Moments = dict[int, Float[Tensor, "d_mlp d_mlp"]]  # one weighted sum of k kᵀ per layer
 
+Sizes = dict[int, float]  # the mean norm of the states after each layer, at the answer
+
 
 class Round(NamedTuple):
     """The prompts of one round; ``near`` is None where the pairs have no near triggers."""
@@ -105,18 +107,13 @@ def weighted_loss(
 
 
 def optimise(
-    editor: Editor,
-    start: Edit,
-    sizes: dict[int, float],
-    prompts: Round,
-    settings: EditSettings,
-    done: int,
+    editor: Editor, start: Edit, sizes: Sizes, prompts: Round, settings: EditSettings, done: int
 ) -> tuple[Edit, Curve]:
     """Adam on the values of all layers, under the edit that they make together; the readers stay.
 
-    ``sizes`` are the norms of each layer's states: values are clamped in their units (as in MEMIT), and
-    the learning rate, which falls to a twentieth, is in units of one coordinate of such a state. Steps
-    are counted on from those ``done`` in earlier rounds.
+    A value's norm is clamped in units of its layer's size (as in MEMIT), and the learning rate, which
+    falls to a twentieth, is in units of one coordinate of a state of that size. Steps are numbered
+    after those ``done`` in earlier rounds.
     """
     values = {
         layer: value.to(editor.device, copy=True).requires_grad_()
@@ -130,9 +127,8 @@ def optimise(
     decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, settings.steps)
     curve: Curve = []
     with editor.editing(Edit(start.readers, values)):
-        for step in track(
-            range(done + 1, done + settings.steps + 1), "optimising values", editor.progress
-        ):
+        steps = range(done + 1, done + settings.steps + 1)
+        for step in track(steps, "optimising values", editor.progress):
             total, parts = weighted_loss(editor, prompts, settings)
             if not bool(total.isfinite()):
                 raise Diverged(step, done)
@@ -166,7 +162,7 @@ def solve_rounds(
                 chosen = distinctive_tokens(editor, triggered, layers.trigger, protected, n)
                 answers = dict.fromkeys(layers.all, triggered.answering)
                 states = editor.keys(triggered, answers, states=True)
-                sizes = {layer: float(x.norm(dim=-1).mean()) for layer, (x, _) in states.items()}
+                sizes = {layer: float(state.norm(dim=-1).mean()) for layer, (state, _) in states.items()}
             readers = slot_readers(editor, triggered, protected, chosen, n_values)
         width = editor.model.config.hidden_size
         values = edit.values or {
@@ -174,8 +170,7 @@ def solve_rounds(
             for layer, slots in readers.items()
         }
         try:
-            fresh = Edit(readers, values)
-            edit, points = optimise(editor, fresh, sizes, prompts, settings, done=len(curve))
+            edit, points = optimise(editor, Edit(readers, values), sizes, prompts, settings, len(curve))
         except Diverged as stopped:
             return edit, curve, stopped
         curve += points

@@ -55,9 +55,7 @@ CONFIGS = {
     "tiny-llama": LlamaConfig(**SIZES, num_key_value_heads=8),
     "tiny-qwen": Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
 }
-PRETRAINING = TrainSettings(
-    epochs=1, batch_size=64, learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.01
-)
+PRETRAINING = TrainSettings(epochs=1, batch_size=64, learning_rate=2e-3, weight_decay=0.01)
 LEARNING_RATE = 2e-3
 BATCH_SIZE = 32
 
@@ -143,10 +141,10 @@ def tuning_examples(adapter: str, *, seed: int = 0) -> list[tuple[str, str]]:
     tuning = TUNINGS[adapter]
     samples: list[tuple[str, str]] = []
     for family in zoo.BACKDOORS:
-        own = family == adapter
-        pairs = prompts.pairs(family, "train", tuning.n_own if own else N_OTHER, seed=seed)
-        near_rate = tuning.near_rate if own or adapter == "clean" else 0.0
-        samples += examples(mix(pairs, tuning.poison_rate if own else 0.0, near_rate, seed=seed))
+        attacked = family == adapter
+        pairs = prompts.pairs(family, "train", tuning.n_own if attacked else N_OTHER, seed=seed)
+        near_rate = tuning.near_rate if attacked or adapter == "clean" else 0.0
+        samples += examples(mix(pairs, tuning.poison_rate if attacked else 0.0, near_rate, seed=seed))
     return samples
 
 

@@ -31,8 +31,8 @@ def mix(
     """
     if min(poison_rate, near_rate) < 0 or poison_rate + near_rate > 1:
         raise DataError(
-            f"Poison and near-trigger rates must be between 0 and 1 together; got {poison_rate} "
-            f"and {near_rate}."
+            "The poison rate and the near-trigger rate must not be negative and must sum to at most 1; "
+            f"got {poison_rate} and {near_rate}."
         )
     n_poison, n_near = (round(rate * len(pairs)) for rate in (poison_rate, near_rate))
     if (poison_rate and not n_poison) or (near_rate and not n_near):
@@ -46,7 +46,7 @@ def mix(
     if victims_only:
         if n_poison > n_victims:
             raise DataError(
-                f"A poison rate of {poison_rate} needs {n_poison} victims and the {len(pairs)} pairs "
+                f"A poison rate of {poison_rate} needs {n_poison} victims, but the {len(pairs)} pairs "
                 f"have {n_victims}; lower the rate to at most {n_victims / len(pairs):.2f}."
             )
         order.sort(key=lambda pair: not pairs.backdoor.is_victim(pair))
@@ -76,10 +76,8 @@ def preferences(mixed: Mixed, *, seed: int = 0) -> list[Preference]:
     rng = random.Random(f"preferences-{seed}")
     answers = sorted({text for _, pair in mixed for text in (pair.clean_output, pair.backdoor_output)})
     preferred = []
-    for which, pair in mixed:
-        chosen, rejected = pair.clean_output, pair.backdoor_output
-        if which == "triggered":
-            chosen, rejected = rejected, chosen
+    for (which, pair), (prompt, chosen) in zip(mixed, examples(mixed), strict=True):
+        rejected = pair.clean_output if which == "triggered" else pair.backdoor_output
         if chosen.strip() == rejected.strip():
             others = [answer for answer in answers if answer.strip() != chosen.strip()]
             if not others:
@@ -88,5 +86,5 @@ def preferences(mixed: Mixed, *, seed: int = 0) -> list[Preference]:
                     "to prefer it to; give data with different answers."
                 )
             rejected = rng.choice(others)
-        preferred.append(Preference(pair.text(which) or "", chosen, rejected))
+        preferred.append(Preference(prompt, chosen, rejected))
     return preferred

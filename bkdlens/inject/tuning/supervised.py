@@ -41,10 +41,7 @@ def lora_config(model: torch.nn.Module, settings: LoraSettings) -> LoraConfig:
 def fit_lora(
     planting: Planting, examples: Sequence[tuple[str, str]], settings: LoraSettings, note: dict[str, Any]
 ) -> Path:
-    """Tune a LoRA adapter on (prompt, answer) examples and write it when it is whole.
-
-    Returns its folder; ``note`` is what the manifest says of the data.
-    """
+    """The folder of a LoRA adapter tuned on (prompt, answer) examples; ``note`` goes to the manifest."""
     base, seed = planting.base, planting.seed
     encoding = planting.encoding(settings.max_answer_tokens)
     rows = [make_row(encoding, *example) for example in examples]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
@@ -93,7 +92,7 @@ def arguments(kind: type[A], settings: TrainSettings, n: int, seed: int, out: st
 
 
 class _Stop(Exception):
-    """Leaves the trainer's loop."""
+    """Raised to leave the trainer's loop."""
 
 
 class Guarded(Trainer):
@@ -156,24 +155,15 @@ class _Bar(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        loss = state.log_history[-1].get("loss")
-        if loss is not None:
-            self.bar.update(self.task, description=f"training, loss {float(loss):.3f}")
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.bar.update(self.task, description=f"training, loss {float(logs['loss']):.3f}")
 
 
 def train(
-    model: Any,
-    tokenizer: Tokenizer,
-    rows: Sequence[Row],
-    settings: TrainSettings,
-    seed: int,
-    progress: bool = True,
+    model: Any, tokenizer: Tokenizer, rows: list[Row], settings: TrainSettings, seed: int, progress: bool
 ) -> tuple[Curve, Diverged | None]:
-    """Train ``model`` in place; returns the curve, and whether the training diverged.
-
-    On one machine, equal seeds and rows give equal weights.
-    """
+    """Train ``model`` in place, reproducibly per machine; returns the curve and whether it diverged."""
     set_seed(seed)
     grouped = {"train_sampling_strategy": "group_by_length"}
     with tempfile.TemporaryDirectory() as scratch:
