@@ -153,9 +153,11 @@ class _Bar(TrainerCallback):
         self.bar, self.task = bar, bar.add_task("training", total=None)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Show how many steps are done."""
         self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """Show the loss."""
         if "loss" in logs:
             self.bar.update(self.task, description=f"training, loss {float(logs['loss']):.3f}")
 
