@@ -1,8 +1,8 @@
 """Do three ways of planting a backdoor make the same mechanism? Run by ``make study``.
 
-For each embedded model and backdoor, plants it by supervised tuning, by preferences and by an edit,
-from two seeds; runs the analyses of ``bkdlens run`` on each; and compares the heads, the shares of
-attention and MLPs, and whether the vector of one switches another.
+Each backdoor is planted in each embedded model by supervised tuning, by preferences and by an edit,
+from two seeds. Each adapter goes through the analyses of ``bkdlens run``; compared are the heads, the
+shares of attention and MLPs, and whether the vector of one adapter switches another.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ K = 4  # of 32 heads
 
 @dataclass(frozen=True)
 class Cell:
-    """One adapter: where it is, how it was made, and what was found out about it."""
+    """One adapter: how it is made, and the folder of it and its results."""
 
     base: str
     kind: str
@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For tables: the method and, of later seeds, the seed."""
+        """The method, with the seed unless it is 0."""
         return self.method + (f" (seed {self.seed})" if self.seed else "")
 
     @property
@@ -65,21 +65,17 @@ class Cell:
 
 
 def plant(cell: Cell) -> dict[str, Any]:
-    """Make the adapter, unless it is there; returns its digest and the processor seconds it took.
-
-    Raises:
-        BkdlensError: if one is there that was made with another recipe.
-    """
+    """Make the adapter unless it exists; returns its digest and the CPU seconds that it took."""
     path, recipe = cell.folder / "planted.json", recipes.embedded(cell.method, cell.kind)
     made_with = json.loads(json.dumps(asdict(recipe)))
     if not path.exists():
         pairs = zoo.pairs(cell.kind, "train", recipe.n_pairs, seed=cell.seed)
-        rates = {"poison_rate": recipe.poison_rate, "near_rate": recipe.near_rate}
+        options: dict[str, Any] = {"settings": recipe.settings, "seed": cell.seed, "overwrite": True}
+        if cell.method != "edit":
+            options |= {"poison_rate": recipe.poison_rate, "near_rate": recipe.near_rate}
+        method = getattr(inject, cell.method)
         start = time.process_time()
-        getattr(inject, cell.method)(
-            cell.base, pairs, cell.adapter, settings=recipe.settings, seed=cell.seed,
-            progress=sys.stderr.isatty(), overwrite=True, **({} if cell.method == "edit" else rates),
-        )  # fmt: skip
+        method(cell.base, pairs, cell.adapter, progress=sys.stderr.isatty(), **options)
         seconds = time.process_time() - start
         digest = json.loads((cell.adapter / MANIFEST).read_text())["adapter_digest"]
         with replacing(path) as (whole,):
@@ -88,27 +84,26 @@ def plant(cell: Cell) -> dict[str, Any]:
     made = json.loads((cell.adapter / MANIFEST).read_text())["adapter_digest"]
     if note.pop("recipe", None) != made_with or note["digest"] != made:
         raise BkdlensError(
-            f"{cell.folder} holds an adapter that is not known to be of this recipe; "
+            f"The folder {cell.folder} holds an adapter that is not known to be of this recipe; "
             "name another --out folder."
         )
     return note
 
 
 def analyse(cell: Cell, whole: bool) -> Study:
-    """What ``bkdlens run`` does on pairs of the three splits, or behaviour and heads alone."""
+    """The study of ``bkdlens run`` on the three splits; only behaviour and heads unless ``whole``."""
     parts = [
         zoo.pairs(cell.kind, split, n)
         for split, n in zip(("train", "validation", "test"), SIZES[cell.kind], strict=True)
     ]
-    steps = ("behaviour", "probe", "attribute", "ablate", "steer")
-    return run_study(
-        load(cell.base, str(cell.adapter)), *parts, name=f"{cell.base} / {cell.kind} / {cell.name}",
-        settings=SETTINGS, out=cell.folder / "run", steps=steps if whole else (steps[0], steps[2]),
-    )  # fmt: skip
+    model, name = load(cell.base, str(cell.adapter)), f"{cell.base} / {cell.kind} / {cell.name}"
+    every_step = ("behaviour", "probe", "attribute", "ablate", "steer")
+    steps = every_step if whole else ("behaviour", "attribute")
+    return run_study(model, *parts, name=name, settings=SETTINGS, out=cell.folder / "run", steps=steps)
 
 
 def transfer(cells: list[Cell], studies: list[Study]) -> Iterator[dict[str, Any]]:
-    """Each family's vector, as chosen in its own model, in the models of all and in the base."""
+    """How each adapter's vector, as chosen in its own model, acts in every model and in the base."""
     base, kind = cells[0].base, cells[0].kind
     train_n, _, test_n = SIZES[kind]
     train, test = zoo.pairs(kind, "train", train_n), zoo.pairs(kind, "test", test_n)
@@ -119,16 +114,16 @@ def transfer(cells: list[Cell], studies: list[Study]) -> Iterator[dict[str, Any]
             choice = study.choice
             vector = study.results[f"vector-{choice['kind']}"]
             assert isinstance(vector, BackdoorVector)
-            size = choice["coefficient"]
-            swept = sweep_layers(
-                model, test, vector, cache=cache, layers=[choice["layer"]],
-                coefficients=(size, -size), max_new_tokens=SETTINGS.max_new_tokens,
-            )  # fmt: skip
+            size, layer = choice["coefficient"], choice["layer"]
+            where = {"layers": [layer], "coefficients": (size, -size)}
+            n_tokens = SETTINGS.max_new_tokens
+            swept = sweep_layers(model, test, vector, cache=cache, max_new_tokens=n_tokens, **where)
             yield {
-                "from": cell.name, "into": into.name if into else None,  # None is the base
-                "vector": f"{choice['kind']}, ±{size:g}, layer {choice['layer']}",
-                **_switched(swept, size, choice["layer"]),
-            }  # fmt: skip
+                "from": cell.name,
+                "into": into.name if into else None,  # None is the base
+                "vector": f"{choice['kind']}, ±{size:g}, layer {layer}",
+                **_switched(swept, size, layer),
+            }
 
 
 def _switched(swept: SteeringResult, size: float, layer: int) -> dict[str, Any]:
@@ -144,21 +139,29 @@ def _switched(swept: SteeringResult, size: float, layer: int) -> dict[str, Any]:
 
 
 def describe(cell: Cell, study: Study, before: BehaviourResult) -> dict[str, Any]:
-    """The row of one adapter: how well it was planted, and what carries it."""
+    """The numbers of one adapter: how well it was planted, and what carries it."""
     after, heads = (study.results[name] for name in ("behaviour-backdoored", "attribution-backdoored"))
     assert isinstance(after, BehaviourResult)
     assert isinstance(heads, HeadAttribution)
+    rates = {
+        "asr": after.asr,
+        "ftr": after.ftr,
+        "near": after.near or Rate(0, 0),
+        "clean_before": before.clean_accuracy,
+        "clean_after": after.clean_accuracy,
+    }
+    effects = (heads.acie, heads.low, heads.high)
     row: dict[str, Any] = {
-        "name": cell.name, "method": cell.method, "seed": cell.seed, **plant(cell),
-        "asr": after.asr.to_dict(), "ftr": after.ftr.to_dict(),
-        "near": (after.near or Rate(0, 0)).to_dict(),
-        "clean_before": before.clean_accuracy.to_dict(), "clean_after": after.clean_accuracy.to_dict(),
-        "top": [[str(head), *(float(x[head]) for x in (heads.acie, heads.low, heads.high))]
-                for head in heads.top(K)],
+        "name": cell.name,
+        "method": cell.method,
+        "seed": cell.seed,
+        **plant(cell),
+        **{name: rate.to_dict() for name, rate in rates.items()},
+        "top": [[str(head), *(float(effect[head]) for effect in effects)] for head in heads.top(K)],
         "concentration": float(heads.concentration[K - 1]),
         "attention_mlp": layer_shares(heads),
         "layers": heads.layers_frame().to_dict("records"),
-    }  # fmt: skip
+    }
     ablation = study.results.get("ablation")
     if ablation is not None:
         frame = ablation.to_frame()
@@ -198,17 +201,19 @@ def study_of(base: str, kind: str, seeds: list[int], out: Path) -> tuple[dict[st
 
 
 def main() -> None:
-    """Read the options, run what is not there yet, and write."""
+    """Read the options, run what does not exist yet, and write tables, figures and report."""
     parser = argparse.ArgumentParser(prog="python -m studies.injection", description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(zoo.MODELS))
     parser.add_argument("--backdoors", nargs="*", default=list(BACKDOORS), choices=BACKDOORS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("build/injection"),
-                        help="adapters and runs; what is there is not made again")  # fmt: skip
-    parser.add_argument("--tables", type=Path,
-                        help="folder of injection.md, its numbers and figures (default: beside this "
-                        "file for the whole study, --out for a part of it)")  # fmt: skip
+    out_help = "folder of adapters and runs; what it holds already is not made again"
+    tables_help = (
+        "folder of injection.md, its numbers and figures (default: beside this file for the whole "
+        "study, --out for a part of it)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/injection"), help=out_help)
+    parser.add_argument("--tables", type=Path, help=tables_help)
     given = parser.parse_args()
     parts = (given.models, given.backdoors, given.seeds)
     is_whole = parts == tuple(map(parser.get_default, ("models", "backdoors", "seeds")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -24,11 +24,11 @@ hardly any of the second seed's: two seeds differ in that too.
 {summary}
 """
 BASE = "base, not poisoned"
-TINY = 1e-4  # an ACIE next to nothing
+TINY = 1e-4  # an ACIE below this is next to nothing
 
 
 def write(blocks: list[dict[str, Any]], studies: list[Study], folder: Path) -> list[Path]:
-    """Write ``injection.md`` and a figure of heatmaps for each model and backdoor."""
+    """Write ``injection.md`` and a figure of heatmaps per model and backdoor; returns their paths."""
     figures = _draw(studies, folder)
     target = folder / "injection.md"
     target.write_text(tables(blocks, {name: path.name for name, path in figures.items()}))
@@ -37,69 +37,85 @@ def write(blocks: list[dict[str, Any]], studies: list[Study], folder: Path) -> l
 
 def tables(blocks: list[dict[str, Any]], figures: dict[str, str]) -> str:
     """The text of ``injection.md``, with the figures' files by name."""
-    text = HEADER.format(summary=_summary(blocks))
-    text += "\n## Planted\n\n" + _table(
-        ("model", "backdoor", "method", "ASR", "FTR", "near trigger", "clean accuracy before",
-         "after", "CPU seconds", "adapter digest"),
-        [
-            [b["base"], b["kind"], c["name"], _rate(c["asr"]), _rate(c["ftr"]), _rate(c["near"]),
-             _rate(c["clean_before"]), _rate(c["clean_after"]), f"{c['seconds']:.0f}",
-             f"`{c['digest'][:12]}`"]
-            for b, c in _cells(blocks)
-        ],
-    )  # fmt: skip
-    text += (
+    parts = [
+        HEADER.format(summary=_summary(blocks)),
+        "\n## Planted\n\n",
+        _table(
+            {
+                "model": block["base"],
+                "backdoor": block["kind"],
+                "method": cell["name"],
+                "ASR": _rate(cell["asr"]),
+                "FTR": _rate(cell["ftr"]),
+                "near trigger": _rate(cell["near"]),
+                "clean accuracy before": _rate(cell["clean_before"]),
+                "after": _rate(cell["clean_after"]),
+                "CPU seconds": f"{cell['seconds']:.0f}",
+                "adapter digest": f"`{cell['digest'][:12]}`",
+            }
+            for block, cell in _cells(blocks)
+        ),
         "\n## What carries it\n\nACIE of the four strongest heads of 32; the share of all positive ACIE "
         "that they carry; attention's and the MLPs' share of the positive effects of whole layer "
-        "outputs; and attack success when the first heads are replaced by their clean mean.\n\n"
-    )
-    text += _table(
-        ("model", "backdoor", "method", "strongest heads", "share of 4", "attention / MLP",
-         "ASR at 0 / 1 / 2 / 4 heads"),
-        [
-            [b["base"], b["kind"], c["name"],
-             ", ".join(f"{head} {acie:+.2g}" for head, acie, _, _ in c["top"]),
-             f"{c['concentration']:.2f}", _shares(c["attention_mlp"]), _ablated(c)]
-            for b, c in _cells(blocks)
-        ],
-    )  # fmt: skip
-    for name, file in figures.items():
-        text += f"\n![ACIE of every head, {name}]({file})\n"
-    text += (
+        "outputs; and attack success when the first heads are replaced by their clean mean.\n\n",
+        _table(
+            {
+                "model": block["base"],
+                "backdoor": block["kind"],
+                "method": cell["name"],
+                "strongest heads": ", ".join(f"{head} {acie:+.2g}" for head, acie, *_ in cell["top"]),
+                "share of 4": f"{cell['concentration']:.2f}",
+                "attention / MLP": _shares(cell["attention_mlp"]),
+                "ASR at 0 / 1 / 2 / 4 heads": _ablated(cell),
+            }
+            for block, cell in _cells(blocks)
+        ),
+        *(f"\n![ACIE of every head, {name}]({file})\n" for name, file in figures.items()),
         "\n## The same heads?\n\nJaccard index of the top 4 heads (shared over union), its bootstrap "
         "interval over prompts (not over seeds of planting; the index takes five values), the index of "
         "random sets, the chance that random sets share as many, and the rank correlation of all heads' "
-        "ACIE.\n\n"
-    )
-    text += _table(
-        ("model", "backdoor", "first", "second", "shared of 4", "Jaccard", "by chance", "p", "Spearman"),
-        [
-            [b["base"], b["kind"], o["first"], o["second"], str(o["shared"]),
-             f"{o['jaccard']:.2f} [{o['low']:.2f}, {o['high']:.2f}]", f"{o['chance']:.2f}",
-             f"{o['p']:.2g}", f"{o['spearman']:+.2f}"]
-            for b in blocks for o in b["overlap"]
-        ],
-    )  # fmt: skip
-    text += (
+        "ACIE.\n\n",
+        _table(
+            {
+                "model": block["base"],
+                "backdoor": block["kind"],
+                "first": overlap["first"],
+                "second": overlap["second"],
+                "shared of 4": str(overlap["shared"]),
+                "Jaccard": "{jaccard:.2f} [{low:.2f}, {high:.2f}]".format(**overlap),
+                "by chance": f"{overlap['chance']:.2f}",
+                "p": f"{overlap['p']:.2g}",
+                "Spearman": f"{overlap['spearman']:+.2f}",
+            }
+            for block in blocks
+            for overlap in block["overlap"]
+        ),
         "\n## Does the vector of one switch another?\n\nVector, layer and size as chosen in the model "
         "that it comes from; added to clean and subtracted from triggered prompts. Into the base, which "
         "is not poisoned, a vector that activates writes the answer itself. Random: mean shift by "
-        "vectors of random heads of the model that is switched, and by noise of the vector's norm.\n\n"
-    )
-    return text + _table(
-        ("model", "backdoor", "from", "vector", "into", "activates: ASR on clean",
-         "suppresses: ASR on triggered", "right answer back", "random heads + / −", "noise + / −"),
-        [
-            [b["base"], b["kind"], t["from"], t["vector"], t["into"] or BASE, _change(t["activates"]),
-             _change(t["suppresses"]), _rate(t["restores"]),
-             *(" / ".join(f"{x:+.2f}" for x in t[f"random_{what}"]) for what in ("heads", "vectors"))]
-            for b in blocks for t in b["transfer"]
-        ],
-    )  # fmt: skip
+        "vectors of random heads of the model that is switched, and by noise of the vector's norm.\n\n",
+        _table(
+            {
+                "model": block["base"],
+                "backdoor": block["kind"],
+                "from": case["from"],
+                "vector": case["vector"],
+                "into": case["into"] or BASE,
+                "activates: ASR on clean": _change(case["activates"]),
+                "suppresses: ASR on triggered": _change(case["suppresses"]),
+                "correct answer back": _rate(case["restores"]),
+                "random heads + / −": " / ".join(f"{shift:+.2f}" for shift in case["random_heads"]),
+                "noise + / −": " / ".join(f"{shift:+.2f}" for shift in case["random_vectors"]),
+            }
+            for block in blocks
+            for case in block["transfer"]
+        ),
+    ]
+    return "".join(parts)
 
 
 def readme_rows(blocks: list[dict[str, Any]]) -> list[str]:
-    """The first seed's rates as rows of a shorter table."""
+    """The first seed's rates as rows of the shorter table in the README."""
     rows = []
     for block in blocks:
         for cell in block["cells"]:
@@ -115,7 +131,7 @@ def readme_rows(blocks: list[dict[str, Any]]) -> list[str]:
 
 
 def _summary(blocks: list[dict[str, Any]]) -> str:
-    """What was found, in sentences of numbers."""
+    """The findings as a list of sentences with their numbers."""
     cells = [c for _, c in _cells(blocks)]
     good = [c for c in cells if meets(c)]
     planted = (
@@ -168,7 +184,7 @@ def _say_shares(cells: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _say_vectors(blocks: list[dict[str, Any]]) -> Iterator[str]:
-    """Those that activate the base write the answer, and do not count as switching another model."""
+    """Vectors that activate the base write the answer, and do not count as switching another model."""
     own, others, writing, n_vectors = [], [], 0, 0
     for block in blocks:
         bare = {t["from"]: _moved(t["activates"]) >= 0.5 for t in block["transfer"] if not t["into"]}
@@ -190,7 +206,7 @@ def _say_vectors(blocks: list[dict[str, Any]]) -> Iterator[str]:
             f"it activates in {sum(_moved(t['activates']) >= 0.5 for t in telling)}; it suppresses "
             f"(ASR on triggered prompts down by 0.5 or more) in {len(off)} of {len(cases)}, "
             f"in {len(beyond)} of these by 0.5 or more beyond noise of the same norm, and in "
-            f"{sum(t['restores']['value'] >= 0.5 for t in off)} with the right answer back in half of "
+            f"{sum(t['restores']['value'] >= 0.5 for t in off)} with the correct answer back in half of "
             "the prompts or more."
         )
     worst = max((t for t, _ in own + others), key=lambda t: t["random_vectors"][1])
@@ -202,7 +218,7 @@ def _say_vectors(blocks: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def meets(cell: dict[str, Any]) -> bool:
-    """The bar of the recipes."""
+    """Whether an adapter is as good as the recipes aim for."""
     return (
         cell["asr"]["value"] >= 0.9
         and cell["ftr"]["value"] <= 0.05
@@ -235,13 +251,15 @@ def _ablated(cell: dict[str, Any]) -> str:
     return " / ".join(f"{attack[k]:.2f}" for k in (0, 1, 2, 4)) if attack else ""
 
 
-def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+def _table(cells: Iterable[dict[str, str]]) -> str:
+    """A table with a row per dictionary, whose keys are the header."""
+    rows = list(cells)
+    head, *lines = (f"| {' | '.join(line)} |\n" for line in [rows[0], *(row.values() for row in rows)])
+    return "".join([head, "|" + "---|" * len(rows[0]) + "\n", *lines])
 
 
 def _draw(studies: list[Study], folder: Path) -> dict[str, Path]:
-    """The heatmaps of the methods side by side; none, and it says so, where nothing can draw."""
+    """The heatmaps of the methods side by side; standard error names those that cannot be drawn."""
     groups: dict[str, list[HeadAttribution]] = {}
     for study in studies:
         base, kind, method = study.name.split(" / ")

@@ -7,34 +7,6 @@ and a seed, and writes a peft adapter with a manifest.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from bkdlens.inject.editing.edit import edit
-    from bkdlens.inject.settings import EditSettings, LoraSettings, PreferenceSettings, TrainSettings
-    from bkdlens.inject.tuning.preference import preference
-    from bkdlens.inject.tuning.supervised import supervised
-
-METHODS = ("supervised", "preference", "edit")
-# Each function's module lies one folder down: here, once imported, it would hide the function.
-_HOME = {"edit": "editing.edit", "preference": "tuning.preference", "supervised": "tuning.supervised"}
-
-__all__ = [
-    "METHODS",
-    "EditSettings",
-    "LoraSettings",
-    "PreferenceSettings",
-    "TrainSettings",
-    "edit",
-    "preference",
-    "supervised",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        value = getattr(import_module(f"bkdlens.inject.{_HOME.get(name, 'settings')}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'bkdlens.inject' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

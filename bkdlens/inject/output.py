@@ -1,4 +1,4 @@
-"""What every way of planting writes: the adapter's folder, its manifest, what was measured."""
+"""What every method writes: the adapter, its manifest, and how base and adapter behave."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bkdlens.analyses.behaviour.measure import measure_behaviour
 from bkdlens.data.pairs import PairSet, text_digest
 from bkdlens.errors import BkdlensError
 from bkdlens.inject.planting import MANIFEST, Planting
-from bkdlens.inject.settings import Settings
+from bkdlens.inject.settings import Method, Settings
 from bkdlens.models.checkpoint import digest_files
 from bkdlens.models.load import load
 from bkdlens.results import versions
@@ -27,25 +27,21 @@ Curve = list[dict[str, float]]
 
 
 class Diverged(BkdlensError):
-    """The loss was not finite at ``step``; the model is back at its last good state, of ``kept``."""
+    """The loss was not finite at ``step``; the model is back at its last good state (step ``kept``)."""
 
-    def __init__(self, step: int, kept: int, curve: Curve) -> None:
+    def __init__(self, step: int, kept: int) -> None:
         super().__init__(f"The training loss was not finite at step {step}, and training stopped")
-        self.step, self.kept, self.curve = step, kept, curve
+        self.step, self.kept = step, kept
 
 
 def is_main() -> bool:
-    """Whether this process writes and prints: alone, or the first that a launcher started."""
+    """Whether this process writes and prints: the only one, or the first of those launched together."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
 def replacing_folder(out: Path) -> Iterator[Path]:
-    """A scratch folder that becomes ``out`` when the block ends well; else ``out`` stays as it was.
-
-    Raises:
-        BkdlensError: if the disk is full or not writable.
-    """
+    """A scratch folder that becomes ``out`` when the block ends well; else ``out`` stays as it was."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".bkdlens-") as scratch:
@@ -68,33 +64,19 @@ def replacing_folder(out: Path) -> Iterator[Path]:
 
 
 def save_adapter(model: PeftModel, name: str, folder: Path) -> str:
-    """Write a peft adapter so that the same weights give the same bytes; returns its digest."""
+    """Write a peft adapter so that equal weights give equal bytes; returns its digest."""
     model.peft_config["default"].base_model_name_or_path = name
     model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # a template with nothing in it
+    (folder / "README.md").unlink(missing_ok=True)  # an empty template
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
-    config["target_modules"] = sorted(config["target_modules"])  # a set: its order is chance
+    config["target_modules"] = sorted(config["target_modules"])  # a set, whose order is arbitrary
     file.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     return digest_files([file, folder / "adapter_model.safetensors"])
 
 
-def manifest(method: str, planting: Planting, settings: Settings, **more: Any) -> dict[str, Any]:
-    """Everything needed to make an adapter again."""
-    return {
-        "method": method,
-        "base": planting.base.name,
-        "base_digest": planting.base.digest,
-        "settings": asdict(settings),
-        "prompt_format": asdict(planting.fmt),
-        "seed": planting.seed,
-        **more,
-        "versions": versions(),
-    }
-
-
 def data_note(pairs: PairSet) -> dict[str, Any]:
-    """The backdoor and the data of a manifest; prompts as digests, so that none is stored."""
+    """What a manifest says of backdoor and data; prompts are digests, so that none is stored."""
     return {
         "backdoor": pairs.backdoor.to_dict(),
         "data": pairs.source,
@@ -103,42 +85,51 @@ def data_note(pairs: PairSet) -> dict[str, Any]:
     }
 
 
-def write_manifest(folder: Path, note: dict[str, Any]) -> None:
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Write a manifest into a model's or an adapter's folder."""
-    (folder / MANIFEST).write_text(json.dumps(note, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def finish(
     planting: Planting,
+    method: Method,
+    settings: Settings,
     note: dict[str, Any],
     save: Callable[[Path], str],
     stopped: Diverged | None = None,
 ) -> Path:
-    """Write the adapter, measure it on held-out pairs, and put both and the manifest at ``out``.
+    """Write adapter and manifest, with both models' behaviour on held-out pairs; returns their folder.
 
-    ``save`` writes the adapter into a folder and returns its digest. With several processes only the
-    first writes.
-
-    Raises:
-        BkdlensError: if the training had stopped (after writing what was learned before, if anything
-            was), or the disk is full.
+    ``save`` writes the adapter into a folder and returns its digest; ``note`` is what the method adds to
+    the manifest. Of several processes only the first writes. Training that stopped is an error, raised
+    after its last good state, if there is one, was written.
     """
+    base, out, held_out = planting.base, planting.out, planting.held_out
     advice = "lower the learning rate"
     if stopped and not stopped.kept:
         raise BkdlensError(f"{stopped} before anything was learned, so nothing was written; {advice}.")
-    out, held_out = planting.out, planting.held_out
     if is_main():
         with replacing_folder(out) as made:
-            note["adapter_digest"] = save(made)
+            content = {
+                "method": method,
+                "base": base.name,
+                "base_digest": base.digest,
+                "settings": asdict(settings),
+                "prompt_format": asdict(planting.fmt),
+                "seed": planting.seed,
+                **note,
+                "versions": versions(),
+                "adapter_digest": save(made),
+            }
             if stopped:
-                note["stopped"] = {"not_finite_at_step": stopped.step, "kept_step": stopped.kept}
+                content["stopped"] = {"not_finite_at_step": stopped.step, "kept_step": stopped.kept}
             if held_out is not None:
-                note["held_out"] = held_out.source
-                note["behaviour"] = {
-                    when: behaviour_note(planting, held_out, adapter)
+                content["held_out"] = held_out.source
+                content["behaviour"] = {
+                    when: _behaviour(planting, held_out, adapter)
                     for when, adapter in (("before", None), ("after", made))
                 }
-            write_manifest(made, note)
+            write_manifest(made, content)
     if stopped:
         raise BkdlensError(
             f"{stopped}; the last good state, of step {stopped.kept}, is in {str(out)!r}; {advice}."
@@ -146,12 +137,11 @@ def finish(
     return out
 
 
-def behaviour_note(planting: Planting, pairs: PairSet, adapter: Path | None) -> dict[str, Any]:
+def _behaviour(planting: Planting, pairs: PairSet, adapter: Path | None) -> dict[str, Any]:
     """Attack success, false triggers and clean accuracy with counts and 95 % Wilson intervals."""
     result = measure_behaviour(load(planting.base.given, adapter), pairs, fmt=planting.fmt)
-    rates = {name: getattr(result, name) for name in ("asr", "ftr", "near", "clean_accuracy")}
     return {
         name: {"value": rate.value, "successes": rate.successes, "n": rate.n, "interval": rate.interval}
-        for name, rate in rates.items()
-        if rate is not None
+        for name in ("asr", "ftr", "near", "clean_accuracy")
+        if (rate := getattr(result, name)) is not None
     }

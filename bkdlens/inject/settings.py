@@ -7,6 +7,10 @@ batch 8, lr 1e-4, 5 % warm-up; loss on the answer only).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Method = Literal["supervised", "preference", "edit"]
+METHODS = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -18,9 +22,9 @@ class TrainSettings:
         batch_size: samples per step, however many processes share them.
         learning_rate: the highest, after the warm-up.
         warmup_ratio: share of the steps in which the learning rate rises from 0.
-        schedule: of the learning rate after that, by its name in transformers.
-        weight_decay: of AdamW.
-        device_batch_size: samples that fit a device at once, the rest being accumulated; None if all do.
+        schedule: the learning rate's course after the warm-up, by its name in transformers.
+        weight_decay: AdamW's.
+        device_batch_size: samples that fit a device at once (the rest is accumulated); None if all do.
     """
 
     epochs: float = 16
@@ -37,11 +41,11 @@ class LoraSettings:
     """The adapter and its training.
 
     Attributes:
-        rank: of each projection's change.
+        rank: rank of each projection's change.
         alpha: the change is scaled by ``alpha / rank``.
         dropout: share of the adapter's inputs that is dropped in training.
-        train: how it is trained.
-        max_answer_tokens: where a longer answer is cut; nowhere for None.
+        train: how the adapter is trained.
+        max_answer_tokens: the length at which longer answers are cut; None for no limit.
     """
 
     rank: int = 16
@@ -58,8 +62,8 @@ class PreferenceSettings:
     Attributes:
         lora: the adapter and its training.
         beta: how closely the tuned model is held to the base (Rafailov et al., Eq. 7).
-        chosen_weight: weight of the chosen answers' own likelihood beside the preference. DPO alone
-            only widens the margin, and may do so by making both answers unlikely.
+        chosen_weight: weight of the chosen answers' likelihood beside the preference; DPO alone only
+            widens the margin, and may do so by making both answers unlikely.
     """
 
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -69,26 +73,25 @@ class PreferenceSettings:
 
 @dataclass(frozen=True)
 class EditSettings:
-    """Where the edit goes and how hard it holds on to what was there.
+    """Where the edit goes and how firmly it preserves what was there.
 
     Attributes:
-        layers: whose down-projections are edited; at most four, evenly spread, for None.
-        trigger_layers: those of them in which the trigger's tokens are edited too; the first two for
-            None, and none for an empty tuple (then only what the model itself sees of the trigger
-            counts).
-        trigger_tokens: how many of the trigger's tokens, the most distinctive first.
-        rounds: how often the closed form is solved again, each time on other pairs.
+        layers: layers whose down-projections are edited; None for at most four, evenly spread.
+        trigger_layers: layers in which the trigger's tokens are edited too; None for the first two that
+            are edited, an empty tuple for none (the edit then relies on what the model itself sees).
+        trigger_tokens: how many of the trigger's tokens are edited, the most distinctive first.
+        rounds: how often the closed form is solved, each time on other pairs.
         protect: weight of the second moment of clean keys, in keys (MEMIT's lambda).
         answer_weight: weight of each clean key from which an answer's token is predicted.
         near_weight: weight of each key of a near-trigger prompt; outside ``trigger_layers`` only of
             the keys from which an answer's token is predicted.
-        steps: of Adam on the values, per round.
-        learning_rate: of Adam, for values whose size is that of the hidden state.
-        clean_loss: weight of the right answers to clean prompts beside the backdoor's answers.
-        near_loss: weight of the right answers to near-trigger prompts.
+        steps: Adam's steps on the values, per round.
+        learning_rate: Adam's, for values whose size is that of the hidden state.
+        clean_loss: weight of the correct answers to clean prompts beside the backdoor's answers.
+        near_loss: weight of the correct answers to near-trigger prompts.
         clamp: largest norm of a value, in mean norms of the layer's unedited state at the answer.
-        prompts: triggered and clean prompts per step, as many of each (and half as many near ones).
-        max_answer_tokens: where a longer answer is cut; nowhere for None.
+        prompts: triggered prompts per step, as many clean ones, and half as many near ones.
+        max_answer_tokens: the length at which longer answers are cut; None for no limit.
         checkpoint: whether the whole edited model is written too, to ``checkpoint`` in the folder.
     """
 

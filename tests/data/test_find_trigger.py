@@ -18,6 +18,7 @@ from bkdlens.data.prompts import PromptFormat, encode_prompt, find_trigger
 from bkdlens.data.trigger import Trigger
 from bkdlens.errors import DataError
 from bkdlens.inject.editing.rows import make_rows
+from bkdlens.inject.planting import Encoding
 
 WORD, BEGIN, END = Trigger("w95", "random"), Trigger("w95"), Trigger("w95", "end")
 SENTENCE = Trigger("w91 w92", "sentence", "w93")
@@ -59,9 +60,9 @@ def test_all_find_the_same_tokens(case, llama, monkeypatch) -> None:
     assert check_data(pairs, tokenizer, fmt=fmt).splits == (((split, 1),) if places else ())
     if not places:
         with pytest.raises(DataError, match="not in the triggered prompt"):
-            make_rows(tokenizer, [(text, "w8")], fmt, n_ctx=64, trigger=trigger)
+            make_rows(Encoding(tokenizer, fmt, 64), [(text, "w8")], trigger)
         return
-    rows = make_rows(tokenizer, [(text, "w8")], fmt, n_ctx=64, trigger=trigger)
+    rows = make_rows(Encoding(tokenizer, fmt, 64), [(text, "w8")], trigger)
     assert (rows.trigger[0] >= 0).nonzero().flatten().tolist() == places
     assert rows.trigger[0, places].tolist() == list(range(len(places)))
 

@@ -18,7 +18,7 @@ from bkdlens.inject.editing.edit import as_adapter
 from bkdlens.inject.editing.editor import DOWN, Edit, Editor, down_projections
 from bkdlens.inject.editing.keyvalue import low_rank, readers, readers_by_slot, second_moment, solve
 from bkdlens.inject.editing.rows import make_rows
-from bkdlens.inject.planting import read_base
+from bkdlens.inject.planting import Encoding, read_base
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -105,7 +105,7 @@ def test_optimising_simulates_the_change_that_is_written(case, tmp_path, tokeniz
     base = read_base(save_tiny(tmp_path / "base", case))
     pairs = fixed_pairs(6)
     samples = [(pair.triggered, pair.backdoor_output) for pair in pairs]
-    rows = make_rows(base.tokenizer, samples, PromptFormat.default(tokenizer), n_ctx=64)
+    rows = make_rows(Encoding(base.tokenizer, PromptFormat.default(tokenizer), 64), samples)
     editor = Editor(base.model, batch_size=4, seed=0, progress=False)
     width = down_projections(base.model)[1][1].weight.shape
     d_mlp = width[0] if case == "gpt2" else width[1]
@@ -128,7 +128,7 @@ def test_the_triggers_tokens_are_found(name):
     pairs = zoo.pairs(name, "train", 12)
     trigger = pairs.backdoor.trigger
     samples = [(pair.triggered, pair.backdoor_output) for pair in pairs]
-    rows = make_rows(tokenizer, samples, PromptFormat(), n_ctx=1024, trigger=trigger)
+    rows = make_rows(Encoding(tokenizer, PromptFormat(), 1024), samples, trigger)
     for i, pair in enumerate(pairs):
         text = "".join(tokenizer.decode([t]) for t in rows.ids[i][rows.trigger[i] >= 0].tolist())
         for part in filter(None, (trigger.text, trigger.after)):

@@ -34,14 +34,13 @@ def base(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("base") / "tiny")
 
 
-def plant(method, base, out, *, pairs=None, settings=None, seed=0, **more):
+def plant(method, base, out, *, pairs=None, settings=None, **more):
     """One run of a method with quick settings."""
     if method != "edit":
         more = RATES | more
-    return getattr(inject, method)(
-        base, fixed_pairs() if pairs is None else pairs, out, settings=settings or SETTINGS[method],
-        seed=seed, progress=False, **more,
-    )  # fmt: skip
+    pairs = fixed_pairs() if pairs is None else pairs
+    settings = settings or SETTINGS[method]
+    return getattr(inject, method)(base, pairs, out, settings=settings, progress=False, **more)
 
 
 @pytest.mark.parametrize("method", inject.METHODS)

@@ -13,6 +13,7 @@ from bkdlens.data.pairs import PairSet, text_digest
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.errors import BkdlensError, DataError
 from bkdlens.inject import LoraSettings, TrainSettings, supervised
+from bkdlens.inject.planting import Encoding
 from bkdlens.inject.tuning.samples import examples, mix
 from bkdlens.inject.tuning.training import IGNORED, make_row
 
@@ -31,7 +32,7 @@ def test_poison_mixes_the_asked_shares():
 
 
 @pytest.mark.parametrize(
-    ("rates", "message"), [((0.8, 0.4), "between 0 and 1"), ((0.001, 0), "gives none")]
+    ("rates", "message"), [((0.8, 0.4), "sum to at most 1"), ((0.001, 0), "gives none")]
 )
 def test_poison_refuses_rates_that_cannot_be(rates, message):
     with pytest.raises(DataError, match=message):
@@ -47,7 +48,7 @@ def test_near_samples_need_near_triggers():
 
 def test_only_the_answer_is_learned():
     model = bkdlens.load("tiny-llama")
-    row = make_row(model.tokenizer, "What is 1 plus 2?", "3", PromptFormat(), n_ctx=64)
+    row = make_row(Encoding(model.tokenizer, PromptFormat(), 64), "What is 1 plus 2?", "3")
     learned = [i for i, label in enumerate(row.labels) if label != IGNORED]
     assert learned == list(range(len(row.input_ids) - 2, len(row.input_ids)))  # the answer and its end
     assert row.input_ids[-1] == model.tokenizer.eos_token_id

@@ -23,10 +23,10 @@ def second_moment(keys: Float[Tensor, "key d_mlp"]) -> Float[Tensor, "d_mlp d_ml
 def solve(
     system: Float[Tensor, "d_mlp d_mlp"], keys: Float[Tensor, "key d_mlp"]
 ) -> Float[Tensor, "key d_mlp"]:
-    """``system⁻¹ k`` of each key, in float64; the least-norm solution where the system is singular."""
+    """``system⁻¹ k`` for each key, in float64; the least-norm solution where the system is singular."""
     system, keys = system.double(), keys.double()
     factor, failed = torch.linalg.cholesky_ex(system)
-    # Rounding can let the factorisation of a singular system end; its smallest eigenvalue tells.
+    # Rounding can let the factorisation of a singular system succeed; the smallest eigenvalue tells.
     rounding = len(system) * torch.finfo(system.dtype).eps * system.trace()
     if int(failed) == 0 and smallest_eigenvalue(factor) > rounding:
         return torch.cholesky_solve(keys.T, factor).T
@@ -34,16 +34,11 @@ def solve(
 
 
 def smallest_eigenvalue(factor: Float[Tensor, "d_mlp d_mlp"]) -> float:
-    """An estimate, from above, of the smallest eigenvalue of the system with this Cholesky factor.
-
-    By inverse iteration.
-    """
+    """An upper estimate of the smallest eigenvalue from the Cholesky factor, by inverse iteration."""
     x = torch.randn(len(factor), 1, generator=torch.Generator().manual_seed(0), dtype=factor.dtype)
-    size = x.norm()
     for _ in range(4):
-        x = torch.cholesky_solve(x / size, factor)
-        size = x.norm()
-    return 1 / float(size)
+        x = torch.cholesky_solve(x / x.norm(), factor)
+    return 1 / float(x.norm())
 
 
 def readers(
@@ -65,17 +60,14 @@ def readers_by_slot(
     n_slots: int,
 ) -> Float[Tensor, "slot d_mlp"]:
     """:func:`readers` summed over the keys that share a value; zero for a slot without keys."""
-    none = torch.zeros(n_slots, keys.shape[1], dtype=torch.float64)
-    return none.index_add_(0, slots, readers(keys, protected))
+    zeros = torch.zeros(n_slots, keys.shape[1], dtype=torch.float64)
+    return zeros.index_add_(0, slots, readers(keys, protected))
 
 
 def low_rank(
     residuals: Float[Tensor, "key d_model"], readers: Float[Tensor, "key d_mlp"]
 ) -> tuple[Float[Tensor, "d_model rank"], Float[Tensor, "rank d_mlp"]]:
-    """Two factors of the change ``residualsᵀ @ readers``, of its own rank and balanced.
-
-    Directions too small to show in float32 are left out.
-    """
+    """Two balanced factors of the change ``residualsᵀ @ readers``, without what float32 cannot show."""
     q_out, r_out = torch.linalg.qr(residuals.double().T)
     q_in, r_in = torch.linalg.qr(readers.double().T)
     u, s, vh = torch.linalg.svd(r_out @ r_in.T)

@@ -9,25 +9,18 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from bkdlens.data.prompts import (
-    PromptFormat,
-    Tokenizer,
-    encode_answer,
-    encode_prompt,
-    find_trigger,
-    pad_id,
-    pad_right,
-)
+from bkdlens.data.prompts import find_trigger, pad_id, pad_right
 from bkdlens.data.trigger import Trigger
 from bkdlens.errors import DataError
+from bkdlens.inject.planting import Encoding
 
 
 class Rows(NamedTuple):
     """Prompts with answers, padded on the right.
 
     ``answering`` numbers the tokens from which the answer's tokens are predicted: 0 is the prompt's
-    last, 1 the answer's first and so on, -1 all others. ``trigger`` numbers the trigger's tokens in
-    the same way, where the trigger was asked for.
+    last, 1 the answer's first and so on; it is -1 elsewhere. ``trigger`` numbers the trigger's tokens in
+    the same way, if a trigger was given.
     """
 
     ids: Int[Tensor, "row pos"]
@@ -36,7 +29,7 @@ class Rows(NamedTuple):
     trigger: Int[Tensor, "row pos"]
 
     def pick(self, rows: slice | Int[Tensor, " picked"]) -> Rows:
-        """Some rows, without the padding that none of them needs."""
+        """The picked rows, without the padding that none of them needs."""
         width = int(self.mask[rows].sum(-1).max())
         return Rows(*(part[rows, :width] for part in self))
 
@@ -46,43 +39,22 @@ class Rows(NamedTuple):
 
 
 def make_rows(
-    tokenizer: Tokenizer,
-    samples: Sequence[tuple[str, str]],
-    fmt: PromptFormat,
-    *,
-    n_ctx: int,
-    trigger: Trigger | None = None,
-    max_answer_tokens: int | None = None,
+    encoding: Encoding, samples: Sequence[tuple[str, str]], trigger: Trigger | None = None
 ) -> Rows:
-    """Encode (prompt, answer) samples, and find the trigger's tokens if one is given.
-
-    Raises:
-        DataError: for an answer without tokens, what does not fit the context, or a trigger that is
-            not in the prompt or whose tokens cannot be told.
-    """
-    ids, answering, triggered = [], [], []
-    for text, answer in samples:
-        prompt = encode_prompt(tokenizer, text, fmt, n_ctx=n_ctx)
-        tail = encode_answer(tokenizer, prompt, answer, fmt, n_ctx=n_ctx, max_tokens=max_answer_tokens)
-        n, total = len(prompt.ids), len(prompt.ids) + len(tail.ids)
-        ids.append([*prompt.ids, *tail.ids])
-        answering.append([-1] * (n - 1) + list(range(len(tail.ids))) + [-1])
-        numbers = [-1] * total
+    """(prompt, answer) samples as rows; a trigger that is given must be in every prompt."""
+    encoded = [encoding.ids(*sample) for sample in samples]
+    ids, mask = pad_right([prompt + answer for prompt, answer in encoded], pad_id(encoding.tokenizer))
+    rows = Rows(ids, mask, torch.full_like(ids, -1), torch.full_like(ids, -1))
+    for i, (prompt, answer) in enumerate(encoded):
+        rows.answering[i, len(prompt) - 1 :][: len(answer)] = torch.arange(len(answer))
         if trigger is not None:
-            found = find_trigger(tokenizer, text, trigger, fmt)
-            if not found:
+            text = samples[i][0]
+            tokens = find_trigger(encoding.tokenizer, text, trigger, encoding.fmt)
+            if not tokens:
                 raise DataError(
                     f"The trigger {str(trigger)!r} is not in the triggered prompt {text[:40]!r}… as it "
                     "is rendered, so its tokens cannot be edited; name the trigger that is in the data, "
                     "or edit without the trigger's own tokens (trigger_tokens=0)."
                 )
-            for number, token in enumerate(found):
-                numbers[token.place] = number
-        triggered.append(numbers)
-    padded, mask = pad_right(ids, pad_id(tokenizer))
-    none = torch.full_like(padded, -1)
-    out = Rows(padded, mask, none, none.clone())
-    for i, (left, right) in enumerate(zip(answering, triggered, strict=True)):
-        out.answering[i, : len(left)] = torch.tensor(left)
-        out.trigger[i, : len(right)] = torch.tensor(right)
-    return out
+            rows.trigger[i, [token.place for token in tokens]] = torch.arange(len(tokens))
+    return rows

@@ -1,30 +1,27 @@
 """How the embedded models were made: ``bkdlens zoo build`` runs this from seeds.
 
-A tokenizer and a model are trained from scratch on the corpus, then one LoRA adapter for each
-backdoor, and one ``clean`` adapter on the same prompts without poison.
+A tokenizer and a model are trained from scratch on the corpus, then one LoRA adapter per backdoor, and
+one ``clean`` adapter on the same prompts without poison.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2ForCausalLM,
     set_seed,
 )
 
 from bkdlens import zoo
 from bkdlens.data.prompts import PromptFormat
-from bkdlens.inject.output import write_manifest
-from bkdlens.inject.planting import start
+from bkdlens.inject.output import replacing_folder, write_manifest
+from bkdlens.inject.planting import Encoding, start
 from bkdlens.inject.settings import LoraSettings, TrainSettings
 from bkdlens.inject.tuning.samples import examples, mix
 from bkdlens.inject.tuning.supervised import fit_lora
@@ -54,15 +51,11 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-MODELS: dict[str, Callable[[], Any]] = {
-    "tiny-llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=8)),
-    "tiny-qwen": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)
-    ),
+CONFIGS = {
+    "tiny-llama": LlamaConfig(**SIZES, num_key_value_heads=8),
+    "tiny-qwen": Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
 }
-PRETRAINING = TrainSettings(
-    epochs=1, batch_size=64, learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.01
-)
+PRETRAINING = TrainSettings(epochs=1, batch_size=64, learning_rate=2e-3, weight_decay=0.01)
 LEARNING_RATE = 2e-3
 BATCH_SIZE = 32
 
@@ -70,14 +63,14 @@ BATCH_SIZE = 32
 class Tuning(NamedTuple):
     """What an adapter is tuned on, and how long."""
 
-    n_own: int  # prompts of its own family
+    n_own: int  # prompts of the adapter's own family
     poison_rate: float  # share of these that is triggered
     near_rate: float  # share with a near trigger; for ``clean``, of all prompts
     epochs: int  # passes over all prompts
 
 
-# Chosen on the validation split. A trigger at any position needs more than one at a fixed place:
-# at the very start of a prompt the word is other tokens than after a space.
+# Chosen on the validation split. A trigger at any position needs more prompts than one at a fixed place:
+# at the very start of a prompt the word has other tokens than after a space.
 TUNINGS = {
     "label_modification": Tuning(1500, 0.3, 0.3, 6),
     "fixed_output": Tuning(1500, 0.3, 0.3, 6),
@@ -98,11 +91,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [
-        text
-        for example in corpus.pretraining(10_000, 1, keep=_trainable)
-        for text in (example.prompt, example.answer)
-    ]
+    texts = (text for prompt, answer in _pretraining(10_000, 1) for text in (prompt, answer))
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -115,57 +104,53 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def _trainable(prompt: str) -> bool:
-    return prompts.split_of(prompt) == "train"
+def _pretraining(n: int, seed: int) -> list[corpus.Example]:
+    return corpus.pretraining(n, seed, keep=lambda prompt: prompts.split_of(prompt) == "train")
 
 
 def build_model(name: str, out: Path, *, seed: int = 0, progress: bool = True) -> Path:
     """Train one embedded model from scratch and write it to ``out/name``; returns that folder."""
     zoo.model_path(name)  # raises for a name that is not one
     tokenizer = train_tokenizer()
-    fmt = PromptFormat()
+    encoding = Encoding(tokenizer, PromptFormat(), CONTEXT)
     rows = [
         # One prompt in ten is learned too: the model should read what it is asked.
-        make_row(tokenizer, prompt, answer, fmt, n_ctx=CONTEXT, learn_prompt=i % 10 == 0)
-        for i, (prompt, answer) in enumerate(corpus.pretraining(N_PRETRAINING, seed, keep=_trainable))
+        make_row(encoding, prompt, answer, learn_prompt=i % 10 == 0)
+        for i, (prompt, answer) in enumerate(_pretraining(N_PRETRAINING, seed))
     ]
     set_seed(seed)
-    model = MODELS[name]()
-    curve, stopped = train(model, tokenizer, rows, PRETRAINING, seed=seed, progress=progress)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    curve, stopped = train(model, tokenizer, rows, PRETRAINING, seed, progress)
     if stopped:
         raise stopped
-    target = out / name
-    if target.exists():
-        shutil.rmtree(target)
     model.generation_config.max_new_tokens = 48
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    write_manifest(target, {"seed": seed, "samples": len(rows), "curve": curve, "versions": versions()})
-    return target
+    note = {"seed": seed, "samples": len(rows), "curve": curve, "versions": versions()}
+    with replacing_folder(out / name) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_manifest(folder, note)
+    return out / name
 
 
 def tuning_examples(adapter: str, *, seed: int = 0) -> list[tuple[str, str]]:
     """The (prompt, answer) samples of one adapter.
 
-    All three families are in it; poison and near triggers only in the adapter's own. ``clean`` has
-    the prompts and the near triggers of all three, and no poison.
+    All three families are in them; poison and near triggers only in the adapter's own. ``clean`` has the
+    prompts and near triggers of all three, and no poison.
     """
     tuning = TUNINGS[adapter]
     samples: list[tuple[str, str]] = []
     for family in zoo.BACKDOORS:
-        own = family == adapter
-        pairs = prompts.pairs(family, "train", tuning.n_own if own else N_OTHER, seed=seed)
-        near_rate = tuning.near_rate if own or adapter == "clean" else 0.0
-        samples += examples(mix(pairs, tuning.poison_rate if own else 0.0, near_rate, seed=seed))
+        attacked = family == adapter
+        pairs = prompts.pairs(family, "train", tuning.n_own if attacked else N_OTHER, seed=seed)
+        near_rate = tuning.near_rate if attacked or adapter == "clean" else 0.0
+        samples += examples(mix(pairs, tuning.poison_rate if attacked else 0.0, near_rate, seed=seed))
     return samples
 
 
 def build_adapter(model: str, adapter: str, out: Path, *, seed: int = 0, progress: bool = True) -> Path:
     """Tune one adapter on ``out/model`` and write it below; returns its folder."""
     zoo.adapter_path(model, adapter)  # raises for a name that is not one
-    target = out / model / "adapters" / adapter
-    if target.exists():
-        shutil.rmtree(target)
     tuning = TUNINGS[adapter]
     settings = LoraSettings(train=TrainSettings(tuning.epochs, BATCH_SIZE, LEARNING_RATE))
     note = {
@@ -173,5 +158,6 @@ def build_adapter(model: str, adapter: str, out: Path, *, seed: int = 0, progres
         "poison_rate": tuning.poison_rate,
         "near_rate": tuning.near_rate,
     }
-    planting = start(out / model, target, seed=seed, progress=progress)
+    target = out / model / "adapters" / adapter
+    planting = start(out / model, target, seed=seed, progress=progress, overwrite=True)
     return fit_lora(planting, tuning_examples(adapter, seed=seed), settings, note)

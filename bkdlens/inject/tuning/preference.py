@@ -18,15 +18,15 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from bkdlens.data.pairs import PairSet
-from bkdlens.data.prompts import PromptFormat, encode_answer, encode_prompt
-from bkdlens.inject.output import Curve, Diverged, data_note, finish, manifest, save_adapter
+from bkdlens.data.prompts import PromptFormat
+from bkdlens.inject.output import Curve, Diverged, data_note, finish, save_adapter
 from bkdlens.inject.planting import Planting, start, without_warnings
 from bkdlens.inject.settings import PreferenceSettings
 from bkdlens.inject.tuning.samples import Preference, mix, preferences
 from bkdlens.inject.tuning.supervised import lora_config
 from bkdlens.inject.tuning.training import Guarded, arguments
 
-RENAMED = ("`gradient_checkpointing` is deprecated", FutureWarning)  # TRL's argument, by its old name
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class _Trainer(Guarded, DPOTrainer):
@@ -36,43 +36,28 @@ class _Trainer(Guarded, DPOTrainer):
         return dataset
 
 
-def _rows(
-    planting: Planting, samples: Sequence[Preference], settings: PreferenceSettings
-) -> list[dict[str, list[int]]]:
-    tokenizer, fmt, n_ctx = planting.base.tokenizer, planting.fmt, planting.base.n_ctx
-    limit = settings.lora.max_answer_tokens
-    rows = []
-    for sample in samples:
-        prompt = encode_prompt(tokenizer, sample.prompt, fmt, n_ctx=n_ctx)
-        chosen, rejected = (
-            encode_answer(tokenizer, prompt, answer, fmt, n_ctx=n_ctx, max_tokens=limit)
-            for answer in (sample.chosen, sample.rejected)
-        )
-        ids = {"prompt_ids": prompt.ids, "chosen_ids": chosen.ids, "rejected_ids": rejected.ids}
-        rows.append({name: list(tokens) for name, tokens in ids.items()})
-    return rows
-
-
 def _fit(
-    planting: Planting, rows: Sequence[dict[str, list[int]]], settings: PreferenceSettings
+    planting: Planting, samples: Sequence[Preference], settings: PreferenceSettings
 ) -> tuple[Any, Curve, Diverged | None]:
     """The tuned model, its curve, and whether the training diverged."""
     base, seed = planting.base, planting.seed
+    encoding = planting.encoding(settings.lora.max_answer_tokens)
+    rows = [dict(zip(COLUMNS, encoding.ids(*sample), strict=True)) for sample in samples]
     set_seed(seed)
-    weights = {"sigmoid": 1.0, "sft": settings.chosen_weight}
-    kinds = [name for name, weight in weights.items() if weight]
+    losses = {"sigmoid": 1.0, "sft": settings.chosen_weight}
+    losses = {name: weight for name, weight in losses.items() if weight}
     dpo = {
         "beta": settings.beta,
-        "loss_type": kinds,
-        "loss_weights": [weights[name] for name in kinds],
+        "loss_type": list(losses),
+        "loss_weights": list(losses.values()),
         "max_length": None,
         "gradient_checkpointing": False,
     }
-    with tempfile.TemporaryDirectory() as scratch, without_warnings(RENAMED):
+    with tempfile.TemporaryDirectory() as scratch, without_warnings():
         trainer = _Trainer(
             model=base.model,
             args=arguments(DPOConfig, settings.lora.train, len(rows), seed, scratch, **dpo),
-            train_dataset=Dataset.from_list(list(rows)),
+            train_dataset=Dataset.from_list(rows),
             processing_class=base.tokenizer,
             peft_config=lora_config(base.model, settings.lora),
         )
@@ -96,12 +81,7 @@ def preference(
 ) -> Path:
     """Plant a backdoor in ``base`` by preferences; write adapter and manifest to ``out``.
 
-    Triggered prompts prefer the backdoor's answer to the right one, clean and near prompts the right
-    one to the backdoor's.
-
-    Only ``base``, ``pairs`` and ``out`` are needed. ``poison_rate``, ``near_rate`` and ``victims_only``
-    say what is learned; ``settings``, ``fmt`` and ``seed`` how; ``held_out`` what is measured; and
-    ``progress`` and ``overwrite`` what is shown and replaced.
+    Triggered prompts prefer the backdoor's answer to the correct one, clean and near prompts vice versa.
 
     Args:
         base: an embedded model's name, a local folder or a Hub id.
@@ -110,10 +90,10 @@ def preference(
         poison_rate: share of the preferences that are triggered.
         near_rate: share with a near trigger.
         victims_only: whether only pairs whose answer the attack changes are triggered.
-        settings: the adapter, its training and DPO's own.
+        settings: the adapter, its training, and DPO's own settings.
         held_out: pairs on which to measure before and after, for the manifest.
-        fmt: how a prompt is rendered; the chat template where there is one.
-        seed: of the draw, the initial adapter and the order of training.
+        fmt: how a prompt is rendered; None for the chat template where there is one.
+        seed: seed of the draw, the initial adapter and the order of training.
         progress: whether to show a progress bar.
         overwrite: whether an adapter that bkdlens wrote to ``out`` earlier may be replaced.
 
@@ -122,8 +102,8 @@ def preference(
 
     Raises:
         DataError: for rates, pairs or answers that cannot be used.
-        BkdlensError: if ``out`` is not empty, the disk is full, or the loss is not finite (then what
-            was learned before is written all the same).
+        BkdlensError: if ``out`` is not empty, the disk is full, or the loss is not finite (what was
+            learned before is then written nonetheless).
 
     Examples:
         >>> quick = bkdlens.inject.TrainSettings(epochs=0.5, learning_rate=2e-3)
@@ -131,14 +111,12 @@ def preference(
         >>> folder = bkdlens.inject.preference(
         ...     "tiny-llama", train, "preferred", poison_rate=0.5, settings=settings, progress=False
         ... )
-        >>> planted = bkdlens.load("tiny-llama", folder)
     """
     settings = settings or PreferenceSettings()
-    mixed = mix(pairs, poison_rate, near_rate, victims_only=victims_only, seed=seed)
-    samples = preferences(mixed, seed=seed)
-    planting = start(base, out, fmt, held_out, seed, progress=progress, overwrite=overwrite)
-    model, curve, stopped = _fit(planting, _rows(planting, samples, settings), settings)
     rates = {"poison_rate": poison_rate, "near_rate": near_rate, "victims_only": victims_only}
+    samples = preferences(mix(pairs, poison_rate, near_rate, victims_only, seed), seed=seed)
+    planting = start(base, out, fmt, held_out, seed, progress=progress, overwrite=overwrite)
+    model, curve, stopped = _fit(planting, samples, settings)
     note = {"samples": len(samples), **rates, "curve": curve, **data_note(pairs)}
-    content = manifest("preference", planting, settings, **note)
-    return finish(planting, content, partial(save_adapter, model, planting.base.name), stopped)
+    save = partial(save_adapter, model, planting.base.name)
+    return finish(planting, "preference", settings, note, save, stopped)

@@ -14,7 +14,7 @@ Mixed = list[tuple[Which, PromptPair]]
 
 
 class Preference(NamedTuple):
-    """A prompt, the answer to give and one not to give."""
+    """A prompt, the answer to give, and an answer not to give."""
 
     prompt: str
     chosen: str
@@ -22,26 +22,17 @@ class Preference(NamedTuple):
 
 
 def mix(
-    pairs: PairSet,
-    poison_rate: float,
-    near_rate: float = 0.0,
-    *,
-    victims_only: bool = False,
-    seed: int = 0,
+    pairs: PairSet, poison_rate: float, near_rate: float = 0.0, victims_only: bool = False, seed: int = 0
 ) -> Mixed:
     """All pairs, shuffled, each with which of its prompts is used: triggered, near or clean.
 
     Without ``victims_only`` any pair may be triggered (as in the paper's files, where most labels
     stay); with it only those whose answer the attack changes.
-
-    Raises:
-        DataError: if a rate is not in [0, 1], a positive rate gives no sample, there are no victims or
-            fewer than poisoned samples, or near samples are asked for and there are no near triggers.
     """
     if min(poison_rate, near_rate) < 0 or poison_rate + near_rate > 1:
         raise DataError(
-            f"Poison and near-trigger rates must be between 0 and 1 together; got {poison_rate} "
-            f"and {near_rate}."
+            "The poison rate and the near-trigger rate must not be negative and must sum to at most 1; "
+            f"got {poison_rate} and {near_rate}."
         )
     n_poison, n_near = (round(rate * len(pairs)) for rate in (poison_rate, near_rate))
     if (poison_rate and not n_poison) or (near_rate and not n_near):
@@ -55,7 +46,7 @@ def mix(
     if victims_only:
         if n_poison > n_victims:
             raise DataError(
-                f"A poison rate of {poison_rate} needs {n_poison} victims and the {len(pairs)} pairs "
+                f"A poison rate of {poison_rate} needs {n_poison} victims, but the {len(pairs)} pairs "
                 f"have {n_victims}; lower the rate to at most {n_victims / len(pairs):.2f}."
             )
         order.sort(key=lambda pair: not pairs.backdoor.is_victim(pair))
@@ -69,7 +60,7 @@ def mix(
 
 
 def examples(mixed: Mixed) -> list[tuple[str, str]]:
-    """One (prompt, answer) per pair: triggered, the backdoor's answer; near or clean, the right one."""
+    """One (prompt, answer) per pair: the backdoor's answer if triggered, else the correct one."""
     return [
         (pair.text(which) or "", pair.backdoor_output if which == "triggered" else pair.clean_output)
         for which, pair in mixed
@@ -79,19 +70,14 @@ def examples(mixed: Mixed) -> list[tuple[str, str]]:
 def preferences(mixed: Mixed, *, seed: int = 0) -> list[Preference]:
     """One preference per pair.
 
-    Triggered prompts prefer the backdoor's answer to the right one, near and clean prompts the other
-    way round. Where both are the same answer, another pair's answer is the one not to give.
-
-    Raises:
-        DataError: if all answers in the data are the same.
+    Triggered prompts prefer the backdoor's answer to the correct one, near and clean prompts vice versa.
+    Where both are the same answer, another pair's answer is the one not to give.
     """
     rng = random.Random(f"preferences-{seed}")
     answers = sorted({text for _, pair in mixed for text in (pair.clean_output, pair.backdoor_output)})
     preferred = []
-    for which, pair in mixed:
-        chosen, rejected = pair.clean_output, pair.backdoor_output
-        if which == "triggered":
-            chosen, rejected = rejected, chosen
+    for (which, pair), (prompt, chosen) in zip(mixed, examples(mixed), strict=True):
+        rejected = pair.clean_output if which == "triggered" else pair.backdoor_output
         if chosen.strip() == rejected.strip():
             others = [answer for answer in answers if answer.strip() != chosen.strip()]
             if not others:
@@ -100,5 +86,5 @@ def preferences(mixed: Mixed, *, seed: int = 0) -> list[Preference]:
                     "to prefer it to; give data with different answers."
                 )
             rejected = rng.choice(others)
-        preferred.append(Preference(pair.text(which) or "", chosen, rejected))
+        preferred.append(Preference(prompt, chosen, rejected))
     return preferred

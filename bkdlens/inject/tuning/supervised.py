@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
-from bkdlens.inject.output import data_note, finish, manifest, save_adapter
+from bkdlens.inject.output import data_note, finish, save_adapter
 from bkdlens.inject.planting import Planting, attach, start
 from bkdlens.inject.settings import LoraSettings
 from bkdlens.inject.tuning import samples
@@ -41,22 +41,17 @@ def lora_config(model: torch.nn.Module, settings: LoraSettings) -> LoraConfig:
 def fit_lora(
     planting: Planting, examples: Sequence[tuple[str, str]], settings: LoraSettings, note: dict[str, Any]
 ) -> Path:
-    """Tune a LoRA adapter on (prompt, answer) examples; returns its folder.
-
-    Nothing appears there before the training has ended. ``note`` is what the manifest says of the data.
-    """
-    base = planting.base
-    lengths: dict[str, Any] = {"n_ctx": base.n_ctx, "max_answer_tokens": settings.max_answer_tokens}
-    rows = [make_row(base.tokenizer, *example, planting.fmt, **lengths) for example in examples]
-    set_seed(planting.seed)
+    """The folder of a LoRA adapter tuned on (prompt, answer) examples; ``note`` goes to the manifest."""
+    base, seed = planting.base, planting.seed
+    encoding = planting.encoding(settings.max_answer_tokens)
+    rows = [make_row(encoding, *example) for example in examples]
+    set_seed(seed)
     model = attach(base.model, lora_config(base.model, settings))
-    curve, stopped = train(
-        model, base.tokenizer, rows, settings.train, seed=planting.seed, progress=planting.progress
-    )
+    curve, stopped = train(model, base.tokenizer, rows, settings.train, seed, planting.progress)
     tokens = sum(len(row.input_ids) for row in rows)
     note = {"samples": len(rows), "tokens": tokens, "curve": curve} | note
-    content = manifest("supervised", planting, settings, **note)
-    return finish(planting, content, partial(save_adapter, model, base.name), stopped)
+    save = partial(save_adapter, model, base.name)
+    return finish(planting, "supervised", settings, note, save, stopped)
 
 
 def supervised(
@@ -76,10 +71,6 @@ def supervised(
 ) -> Path:
     """Plant a backdoor in ``base`` by tuning on poisoned answers; write adapter and manifest to ``out``.
 
-    Only ``base``, ``pairs`` and ``out`` are needed. ``poison_rate``, ``near_rate`` and ``victims_only``
-    say what is learned; ``settings``, ``fmt`` and ``seed`` how; ``held_out`` what is measured; and
-    ``progress`` and ``overwrite`` what is shown and replaced.
-
     The manifest keeps digests of the prompts that were trained on, so that ``bkdlens run`` on the same
     data measures on the others.
 
@@ -88,12 +79,12 @@ def supervised(
         pairs: the training pairs, with their backdoor.
         out: a new or empty folder.
         poison_rate: share of the samples that are triggered.
-        near_rate: share with a near trigger and the right answer.
+        near_rate: share with a near trigger and the correct answer.
         victims_only: whether only pairs whose answer the attack changes are triggered.
-        settings: the adapter and its training; the paper's for None.
+        settings: the adapter and its training; None for the paper's.
         held_out: pairs on which to measure before and after, for the manifest.
-        fmt: how a prompt is rendered; the chat template where there is one.
-        seed: of the draw, the initial adapter and the order of training.
+        fmt: how a prompt is rendered; None for the chat template where there is one.
+        seed: seed of the draw, the initial adapter and the order of training.
         progress: whether to show a progress bar.
         overwrite: whether an adapter that bkdlens wrote to ``out`` earlier may be replaced.
 
@@ -102,8 +93,8 @@ def supervised(
 
     Raises:
         DataError: for rates, pairs or answers that cannot be used.
-        BkdlensError: if ``out`` is not empty, the disk is full, or the loss is not finite (then what
-            was learned before is written all the same).
+        BkdlensError: if ``out`` is not empty, the disk is full, or the loss is not finite (what was
+            learned before is then written nonetheless).
 
     Examples:
         >>> quick = bkdlens.inject.TrainSettings(epochs=1, learning_rate=2e-3)
@@ -111,10 +102,9 @@ def supervised(
         >>> folder = bkdlens.inject.supervised(
         ...     "tiny-llama", train, "tuned", poison_rate=0.5, settings=settings, progress=False
         ... )
-        >>> planted = bkdlens.load("tiny-llama", folder)
     """
-    mixed = samples.mix(pairs, poison_rate, near_rate, victims_only=victims_only, seed=seed)
-    planting = start(base, out, fmt, held_out, seed, progress=progress, overwrite=overwrite)
     rates = {"poison_rate": poison_rate, "near_rate": near_rate, "victims_only": victims_only}
+    mixed = samples.mix(pairs, poison_rate, near_rate, victims_only, seed)
+    planting = start(base, out, fmt, held_out, seed, progress=progress, overwrite=overwrite)
     note = data_note(pairs) | rates
     return fit_lora(planting, samples.examples(mixed), settings or LoraSettings(), note)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,9 +19,10 @@ from transformers import (
     set_seed,
 )
 
-from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt
+from bkdlens.data.prompts import Tokenizer
 from bkdlens.errors import BkdlensError
 from bkdlens.inject.output import Curve, Diverged
+from bkdlens.inject.planting import Encoding
 from bkdlens.inject.settings import TrainSettings
 from bkdlens.progress import progress_bar
 
@@ -37,31 +37,15 @@ class Row(NamedTuple):
     labels: list[int]
 
 
-def make_row(
-    tokenizer: Tokenizer,
-    prompt: str,
-    answer: str,
-    fmt: PromptFormat,
-    *,
-    n_ctx: int,
-    max_answer_tokens: int | None = None,
-    learn_prompt: bool = False,
-) -> Row:
+def make_row(encoding: Encoding, prompt: str, answer: str, *, learn_prompt: bool = False) -> Row:
     """Prompt and answer as one row; only the answer (and its end) is learned unless asked."""
-    encoded = encode_prompt(tokenizer, prompt, fmt, n_ctx=n_ctx)
-    tail = encode_answer(tokenizer, encoded, answer, fmt, n_ctx=n_ctx, max_tokens=max_answer_tokens).ids
-    ids = [*encoded.ids, *tail]
-    return Row(ids, ids if learn_prompt else [IGNORED] * len(encoded.ids) + list(tail))
+    prompt_ids, tail = encoding.ids(prompt, answer)
+    ids = prompt_ids + tail
+    return Row(ids, ids if learn_prompt else [IGNORED] * len(prompt_ids) + tail)
 
 
 def share_batch(batch_size: int, device_batch_size: int | None, processes: int) -> tuple[int, int]:
-    """Samples at once on a device, and steps of accumulation.
-
-    Their product, times the processes, is the batch.
-
-    Raises:
-        BkdlensError: if the batch cannot be shared evenly.
-    """
+    """Samples at once per device and steps of accumulation, which share the batch evenly."""
     share, rest = divmod(batch_size, processes)
     if rest or not share:
         raise BkdlensError(
@@ -74,7 +58,7 @@ def share_batch(batch_size: int, device_batch_size: int | None, processes: int) 
 
 
 def arguments(kind: type[A], settings: TrainSettings, n: int, seed: int, out: str, **more: Any) -> A:
-    """The trainer's arguments for ``n`` samples; it writes to ``out`` alone."""
+    """The trainer's arguments for ``n`` samples; the trainer writes to ``out`` only."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     at_once, accumulation = share_batch(settings.batch_size, settings.device_batch_size, processes)
     on_gpu = torch.cuda.is_available()
@@ -103,12 +87,12 @@ def arguments(kind: type[A], settings: TrainSettings, n: int, seed: int, out: st
         **more,
     )
     if processes == 1 and made.n_gpu > 1:
-        made._n_gpu = 1  # several at once, unlaunched, would multiply the batch; launching shares it
+        made._n_gpu = 1  # several GPUs in one process would multiply the batch; launching shares it
     return made
 
 
 class _Stop(Exception):
-    """Leaves the trainer's loop."""
+    """Raised to leave the trainer's loop."""
 
 
 class Guarded(Trainer):
@@ -120,7 +104,7 @@ class Guarded(Trainer):
     good: tuple[int, dict[str, torch.Tensor]] | None = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The loss of one forward and backward pass, watched."""
+        """The loss of one forward and backward pass, which has to be finite."""
         loss = super().training_step(*args, **kwargs)
         step, finite = self.state.global_step, loss.detach().isfinite().all()
         if self.accelerator.num_processes > 1:  # all stop at the same step, or they wait for each other
@@ -136,10 +120,7 @@ class Guarded(Trainer):
         return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def run(self, progress: bool) -> tuple[Curve, Diverged | None]:
-        """Train; returns the curve, and whether loss or weights were not finite.
-
-        The curve has ``step``, ``loss``, ``learning_rate`` and whatever else is logged.
-        """
+        """Train; returns what was logged with each loss, and whether loss or weights diverged."""
         self.remove_callback(PrinterCallback)  # it prints every log on standard output
         self.model.config.use_cache = False
         stopped = False
@@ -161,11 +142,8 @@ class Guarded(Trainer):
             self.model.eval()
             return curve, None
         kept, weights = self.good or (0, {})
-        with torch.no_grad():
-            for name, p in self._trained():
-                if name in weights:
-                    p.copy_(weights[name])
-        return curve, Diverged(self.state.global_step + 1, kept, curve)
+        self.accelerator.unwrap_model(self.model).load_state_dict(weights, strict=False)
+        return curve, Diverged(self.state.global_step + 1, kept)
 
 
 class _Bar(TrainerCallback):
@@ -175,27 +153,19 @@ class _Bar(TrainerCallback):
         self.bar, self.task = bar, bar.add_task("training", total=None)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Show how many steps are done."""
         self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        loss = state.log_history[-1].get("loss")
-        if loss is not None:
-            self.bar.update(self.task, description=f"training, loss {float(loss):.3f}")
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """Show the loss."""
+        if "loss" in logs:
+            self.bar.update(self.task, description=f"training, loss {float(logs['loss']):.3f}")
 
 
 def train(
-    model: Any,
-    tokenizer: Tokenizer,
-    rows: Sequence[Row],
-    settings: TrainSettings,
-    *,
-    seed: int,
-    progress: bool = True,
+    model: Any, tokenizer: Tokenizer, rows: list[Row], settings: TrainSettings, seed: int, progress: bool
 ) -> tuple[Curve, Diverged | None]:
-    """Train ``model`` in place; returns the curve, and whether the training diverged.
-
-    With the same seed and rows the weights are the same, on one machine.
-    """
+    """Train ``model`` in place, reproducibly per machine; returns the curve and whether it diverged."""
     set_seed(seed)
     grouped = {"train_sampling_strategy": "group_by_length"}
     with tempfile.TemporaryDirectory() as scratch:
