@@ -126,6 +126,7 @@ def steer(
 
 
 def check_layers(model: HookedTransformer, layers: Sequence[int]) -> None:
+    """Raise a ``HeadError`` for a layer that the model lacks."""
     for layer in layers:
         if not 0 <= layer < model.cfg.n_layers:
             raise HeadError(
