@@ -1,10 +1,9 @@
 """One transformer block on many short runs behind shared prompts, as plain matrix products.
 
 ``HookedTransformer`` attends over one key-value cache per batch row, so a batch of interventions on one
-prompt holds (and rotates, and masks) a copy of the prompt's keys for each; profiled, that was two
-thirds of a sweep. Here the runs of one prompt attend to its keys together, as one product, and the
-gated MLP works in place. Norms, projections and activation functions stay TransformerLens' own.
-:func:`run_block` is the whole block; the functions below it are its steps.
+prompt holds (and rotates, and masks) a copy of the prompt's keys for each: two thirds of a sweep's time.
+Here the runs of one prompt attend to its keys together, as one product, and the gated MLP works in
+place. Norms, projections and activation functions stay TransformerLens' own.
 """
 
 from __future__ import annotations
@@ -43,17 +42,11 @@ def supported(model: HookedTransformer) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """What attention reads in one layer: a prompt's (``far``) or a run's own (``near``) keys and values.
+    """What attention reads in one layer: keys and values of prompts (``far``) or of runs (``near``)."""
 
-    Attributes:
-        keys: already rotated, because their positions never change again.
-        values: one per key.
-        at: the keys' positions in the whole sequence; ``NOWHERE`` for padding.
-    """
-
-    keys: Float[Tensor, "owner kv_head key d_head"]
-    values: Float[Tensor, "owner kv_head key d_head"]
-    at: Int[Tensor, "owner key"]
+    keys: Float[Tensor, "owner kv_head key d_head"]  # rotated: their positions never change
+    values: Float[Tensor, "owner kv_head key d_head"]  # one per key
+    at: Int[Tensor, "owner key"]  # the keys' positions in the whole sequence; NOWHERE for padding
 
     def of(self, owners: Int[Tensor, " owner"]) -> Keys:
         """The keys of these prompts or runs, copied."""
@@ -67,17 +60,11 @@ class Keys:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Runs by prompt, as a rectangle, so that all runs of a prompt are rows of one matrix product.
+    """Runs by prompt, as a rectangle, so that all runs of a prompt are rows of one matrix product."""
 
-    Attributes:
-        prompts: those that have runs, ascending.
-        runs: the numbers of each prompt's runs; a prompt with fewer repeats its first, to leave no gaps.
-        place: where each run is in the flattened rectangle.
-    """
-
-    prompts: Int[Tensor, " prompt"]
-    runs: Int[Tensor, "prompt slot"]
-    place: Int[Tensor, " run"]
+    prompts: Int[Tensor, " prompt"]  # those that have runs, ascending
+    runs: Int[Tensor, "prompt slot"]  # each prompt's runs; to leave no gaps, its first is repeated
+    place: Int[Tensor, " run"]  # where each run is in the flattened rectangle
 
     @classmethod
     def of(cls, rows: Int[Tensor, " run"]) -> Groups:

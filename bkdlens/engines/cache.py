@@ -22,7 +22,7 @@ from bkdlens.engines import reference
 from bkdlens.engines.block import embed, run_kept, supported
 from bkdlens.engines.hooks import refuse_foreign_hooks
 from bkdlens.engines.memory import batches
-from bkdlens.engines.prefix import Prefix, prefixes
+from bkdlens.engines.prefix import prefixes
 from bkdlens.errors import DataError
 from bkdlens.progress import track
 from bkdlens.types import Which, check_choice
@@ -77,10 +77,7 @@ class PairCache:
     def mean_out(
         self, site: Literal["attn_out", "mlp_out"], which: Which, *, victims: bool = True
     ) -> Float[Tensor, "layer d_model"]:
-        """Mean output of every layer's attention or MLP over the victims, or all pairs.
-
-        It is in units of the residual stream.
-        """
+        """Mean output of every layer's attention or MLP, in the stream's units, over victims or all."""
         out = self._stacked(site, which)
         return out[self.victims].mean(0) if victims else out.mean(0)
 
@@ -181,7 +178,12 @@ def last_activations(
     if supported(model):
         for rows, _, prefix in prefixes(model, prompts, 0, memory_gb, bar, progress):
             order += rows
-            parts.append(_last_token(model, prefix))
+            at = prefix.lengths[:, None]
+            resid, kept = run_kept(
+                model, embed(model, prefix.last[:, None], at), at, prefix.layers, SITES
+            )
+            sites = ((get_act_name(site, i), v) for site in SITES for i, v in enumerate(kept[site]))
+            parts.append({**dict(sites), names[-1]: resid})
     else:
         work = batches(model, [(1, len(prompt.ids)) for prompt in prompts], 0, memory_gb)
         for rows, _ in track(list(work), bar, progress):
@@ -189,11 +191,3 @@ def last_activations(
             parts.append(reference.activations(model, [prompts[i] for i in rows], names))
     place = torch.tensor(order, device=model.W_E.device).argsort()  # batches are sorted by length
     return {name: torch.cat([part[name] for part in parts])[place] for name in names}
-
-
-def _last_token(model: HookedTransformer, prefix: Prefix) -> dict[str, Tensor]:
-    """What is cached of one batch, from a pass of its prompts' last tokens."""
-    at = prefix.lengths[:, None]
-    resid, kept = run_kept(model, embed(model, prefix.last[:, None], at), at, prefix.layers, SITES)
-    names = {get_act_name(site, i): value for site in SITES for i, value in enumerate(kept[site])}
-    return names | {get_act_name("resid_post", model.cfg.n_layers - 1): resid}

@@ -31,29 +31,21 @@ from bkdlens.engines.memory import runs_at_once
 from bkdlens.engines.prefix import Prefix
 
 Index = Int[Tensor, " run"]
-Completed = tuple[
-    list[int], list[Sequence[int]]
-]  # per run: the draft it gives (-1 for none), its tokens
 Drafts = Sequence[Sequence[int]]  # a likely answer per prompt; an empty one explains nothing
+# Per run, the number of the draft that its answer is (-1 for none), and the answer's tokens.
+Completed = tuple[list[int], list[Sequence[int]]]
 SPARSE = 0.75  # share of rows still being decoded at which the others are dropped
 ROOM = 16  # new tokens for which there is room at first; the room is doubled when it is full
 
 
 @dataclass(frozen=True, eq=False)
 class LastToken:
-    """The last prompt token of every run.
+    """The last prompt token of every run."""
 
-    Attributes:
-        prefix: what lies before it.
-        first: the first token of each run's answer.
-        joins: the layer in which a slot begins to differ from slot 0; -1 for slot 0.
-        layers: the token's keys by layer, slot by slot, of slot 0 and those that differ from it there.
-    """
-
-    prefix: Prefix
-    first: Int[Tensor, "slot prompt"]
-    joins: Int[Tensor, " slot"]
-    layers: tuple[Keys, ...]
+    prefix: Prefix  # what lies before it
+    first: Int[Tensor, "slot prompt"]  # the first token of each run's answer
+    joins: Int[Tensor, " slot"]  # the layer in which a slot begins to differ from slot 0, which has -1
+    layers: tuple[Keys, ...]  # its keys, slot by slot, of slot 0 and those that differ from it there
 
     def past(self, layer: int, slots: Index, prompts: Index) -> Keys:
         """The token's keys in one layer, for the runs of these slots and prompts."""
@@ -118,7 +110,7 @@ def follow(
     used, base = prompts.unique(return_inverse=True)
     n = len(used)
     row_slots, row_prompts = torch.cat([torch.zeros_like(used), slots]), torch.cat([used, prompts])
-    given = start.first[row_slots, row_prompts][:, None]
+    following = start.first[row_slots, row_prompts][:, None]
     length = targets.shape[1]
     if length > 1:  # else the last prompt token gives all there is
         at = prefix.lengths[row_prompts, None] + torch.arange(1, length, device=device)
@@ -135,11 +127,11 @@ def follow(
             groups = Groups.of(row_prompts[:live])
             # In place: the live part of the state is a view of it.
             run_block(block, state[:live], at[:live], prefix.layers[layer], groups, near=past.then)
-        given = torch.cat([given, next_tokens(model, state)], dim=1)
-    given = given[n:]
+        following = torch.cat([following, next_tokens(model, state)], dim=1)
+    following = following[n:]
     # A run that differs once is on another path: only the tokens before that count.
-    agreed = ((given == targets[prompts]) & real[prompts]).long().cumprod(1).sum(1)
-    return agreed, given.gather(1, agreed.clamp(max=length - 1)[:, None])[:, 0]
+    agreed = ((following == targets[prompts]) & real[prompts]).long().cumprod(1).sum(1)
+    return agreed, following.gather(1, agreed.clamp(max=length - 1)[:, None])[:, 0]
 
 
 @torch.no_grad()
@@ -209,7 +201,7 @@ def complete(
     at_once = partial(runs_at_once, model, longest, memory_gb=memory_gb)
     first = start.first[slots, prompts]
     choice = torch.full_like(slots, -1)
-    # For runs that no draft explains: the draft that agrees longest, how long, and the token after that.
+    # The draft that a run agrees with longest, how long, and the token that follows.
     nearest, agreed, following = torch.full_like(slots, -1), torch.zeros_like(slots), first.clone()
     for number, draft in enumerate(drafts):
         lengths = torch.tensor([len(answer) for answer in draft], device=device)
@@ -217,28 +209,23 @@ def complete(
         # The first token is already known, and most runs that give another answer differ there.
         likely = ((choice < 0) & (first == begins[prompts])).nonzero()[:, 0]
         for runs in likely.split(at_once(max(1, int(lengths.max())))):
-            length, after = follow(model, start, draft, slots[runs], prompts[runs])
-            whole = length == lengths[prompts[runs]]
+            agrees, after = follow(model, start, draft, slots[runs], prompts[runs])
+            whole = agrees == lengths[prompts[runs]]
             choice[runs[whole]] = number
-            better = ~whole & (length > agreed[runs])
-            agreed[runs[better]], following[runs[better]] = length[better], after[better]
-            nearest[runs[better]] = number
-    tokens: list[Sequence[int]] = [
-        drafts[number][p] if number >= 0 else ()
-        for number, p in zip(choice.tolist(), prompts.tolist(), strict=True)
+            better = whole | (agrees > agreed[runs])
+            closer = runs[better]
+            nearest[closer], agreed[closer], following[closer] = number, agrees[better], after[better]
+    begun = [
+        drafts[number][prompt][:n] if n else ()
+        for number, prompt, n in zip(*(t.tolist() for t in (nearest, prompts, agreed)), strict=True)
     ]
+    tokens = [answer if n >= 0 else () for answer, n in zip(begun, choice.tolist(), strict=True)]
     if finish:
+        next_token = following.tolist()
         left = (choice < 0).nonzero()[:, 0]
-        left = left[
-            agreed[left].argsort(stable=True)
-        ]  # a batch's runs have about as many tokens already
+        left = left[agreed[left].argsort(stable=True)]  # a batch's runs are about as far
         for runs in left.split(at_once(max(1, max_new_tokens), kept_layers=model.cfg.n_layers)):
-            known = [
-                [*(drafts[draft][prompt][:n] if n else ()), token]
-                for draft, prompt, n, token in zip(
-                    *(t[runs].tolist() for t in (nearest, prompts, agreed, following)), strict=True
-                )
-            ]
+            known = [[*begun[run], next_token[run]] for run in runs.tolist()]
             new = go_on(model, start, slots[runs], prompts[runs], known, max_new_tokens)
             for run, answer in zip(runs.tolist(), new, strict=True):
                 tokens[run] = answer

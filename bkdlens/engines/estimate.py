@@ -21,7 +21,7 @@ from bkdlens.data.prompts import Answer, Prompt
 from bkdlens.engines.block import embed, log_probs, precise, run_kept, supported
 from bkdlens.engines.hooks import Patch, check_patches, refuse_foreign_hooks
 from bkdlens.engines.prefix import Forced, Prefix, prefixes
-from bkdlens.engines.sweep import SweepScores, unfilled
+from bkdlens.engines.sweep import SweepScores
 from bkdlens.errors import HookError
 
 # By site and layer, at the last prompt token: the activation and its gradient, ``[prompt …]``.
@@ -39,10 +39,7 @@ def estimate(
     memory_gb: float | None = None,
     progress: bool = False,
 ) -> SweepScores:
-    """What :func:`bkdlens.engines.sweep.sweep_patches` returns, to first order, cut at probability 1.
-
-    The untouched scores are exact.
-    """
+    """``sweep_patches`` to first order, cut at probability 1; the untouched scores are exact."""
     refuse_foreign_hooks(model)
     check_patches(model, patches, len(prompts))
     if not supported(model):
@@ -50,7 +47,9 @@ def estimate(
             f"Attribution patching does not know {model.cfg.original_architecture or 'this model'}; "
             "use method='exact'."
         )
-    out, tails = unfilled(model, prompts, patches), [answer.n_scored for answer in answers]
+    shape, dtype = (2, len(prompts), 1 + len(patches)), precise(model.W_E.dtype)
+    out = model.W_E.new_full(shape, torch.nan, dtype=dtype)
+    tails = [answer.n_scored for answer in answers]
     # The backward pass needs what every layer computed: as much memory as three runs per layer.
     n_runs, bar = 3 * model.cfg.n_layers, "attribution patching"
     for rows, _, prefix in prefixes(model, prompts, n_runs, memory_gb, bar, progress, tails=tails):

@@ -1,9 +1,9 @@
 """Greedy decoding under an intervention that changes the prefill's last token only.
 
-:func:`generate` is the everyday function: it decodes on the model as it stands, hooks of a surrounding
-context included. :func:`decode` and :func:`evaluate` run many interventions on many prompts: the
-prompts' prefixes are run once, likely answers are verified in one parallel pass, and only what no
-likely answer explains is decoded token by token. The answers are identical to plain greedy decoding's.
+:func:`generate` decodes on the model as it stands, hooks of a surrounding context included.
+:func:`decode` and :func:`evaluate` run many interventions on many prompts: prefixes are run once, likely
+answers are verified in one parallel pass, and only what no likely answer explains is decoded token by
+token. The answers are identical to plain greedy decoding's.
 """
 
 from __future__ import annotations
@@ -73,15 +73,10 @@ def _text(model: HookedTransformer, ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """Greedy answers of every prompt under every intervention.
+    """Greedy answers of every prompt under every intervention."""
 
-    Attributes:
-        choice: the number of the first guess that equals the answer; -1 if none does.
-        texts: the other answers by (intervention, prompt), where they were decoded.
-    """
-
-    choice: Int[Tensor, "intervention prompt"]
-    texts: dict[tuple[int, int], str]
+    choice: Int[Tensor, "intervention prompt"]  # the number of the first guess that is the answer, or -1
+    texts: dict[tuple[int, int], str]  # the other answers by (intervention, prompt), where decoded
 
 
 @torch.no_grad()
@@ -167,9 +162,7 @@ def decode(
 
 
 def _compared(
-    model: HookedTransformer,
-    tokens: Sequence[Sequence[Sequence[int]]],
-    guesses: Sequence[Sequence[Answer]],
+    model: HookedTransformer, tokens: list[list[list[int]]], guesses: Sequence[Sequence[Answer]]
 ) -> Decoded:
     """Whole answers, ``[intervention][prompt]`` without end tokens, compared with the guesses."""
     eos = model.tokenizer.eos_token_id
@@ -187,15 +180,10 @@ def _compared(
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """Greedy answers, judged.
+    """Greedy answers, judged."""
 
-    Attributes:
-        attack: whether the attack succeeded, by the backdoor's own criterion.
-        correct: whether the answer is the clean output.
-    """
-
-    attack: Bool[Tensor, "intervention pair"]
-    correct: Bool[Tensor, "intervention pair"]
+    attack: Bool[Tensor, "intervention pair"]  # success, by the backdoor's own criterion
+    correct: Bool[Tensor, "intervention pair"]  # whether the answer is the clean output
 
 
 def evaluate(
@@ -244,16 +232,9 @@ def evaluate(
     encode = partial(encode_answer, model.tokenizer, fmt=fmt, n_ctx=n_ctx, max_tokens=max_new_tokens)
     answers = [pairs.backdoor_outputs, pairs.clean_outputs]
     guesses = [[encode(*each) for each in zip(prompts, side, strict=True)] for side in answers]
-    decoded = decode(
-        model,
-        prompts,
-        interventions,
-        guesses,
-        finish=not (pairs.backdoor.exact or only_correct),
-        max_new_tokens=max_new_tokens,
-        memory_gb=memory_gb,
-        progress=progress,
-    )
+    finish = not (pairs.backdoor.exact or only_correct)
+    run = partial(decode, model, finish=finish, memory_gb=memory_gb, progress=progress)
+    decoded = run(prompts, interventions, guesses, max_new_tokens=max_new_tokens)
     attack = torch.zeros_like(decoded.choice, dtype=torch.bool)
     correct = torch.zeros_like(attack)
 

@@ -1,8 +1,7 @@
 """Interventions as data, and the pure hook factories that carry them out.
 
 An :class:`Intervention` says what happens at the last prompt token, in the prefill only (the paper's
-intervention point). The factories below change activations at one position; the engines decide where
-that position is in their batch.
+intervention point); where that token is in a batch, the engines decide.
 """
 
 from __future__ import annotations
@@ -105,12 +104,8 @@ class Patch:
         return self if self.value.ndim == 1 else replace(self, value=self.value[list(rows)])
 
     def hook(self, position: int) -> tuple[str, HookFunction]:
-        """A hook point's name and the function for it, for ``model.hooks(fwd_hooks=[…])``.
-
-        It patches all prompts of a batch at one index.
-        """
-        index = (slice(None), position, *([] if self.head is None else [self.head]))
-        return get_act_name(self.site, self.layer), change_at(index, self.value.to)
+        """This patch of all a batch's prompts at one index, for ``model.hooks(fwd_hooks=[…])``."""
+        return get_act_name(self.site, self.layer), change_at(position, self.value.to, self.head)
 
 
 # What can be done to one prompt, at any of its tokens.
@@ -148,8 +143,7 @@ def check_patches(model: HookedTransformer, patches: Sequence[Patch], n_prompts:
     cfg = model.cfg
     for patch in patches:
         width = cfg.d_head if patch.site == "z" else cfg.d_model
-        head = 0 if patch.head is None else patch.head
-        if not (0 <= patch.layer < cfg.n_layers and 0 <= head < cfg.n_heads):
+        if not (0 <= patch.layer < cfg.n_layers and 0 <= (patch.head or 0) < cfg.n_heads):
             raise HookError(
                 f"A patch of layer {patch.layer}, head {patch.head} does not fit: this model has layers "
                 f"0 to {cfg.n_layers - 1} with heads 0 to {cfg.n_heads - 1}."
@@ -161,8 +155,11 @@ def check_patches(model: HookedTransformer, patches: Sequence[Patch], n_prompts:
             )
 
 
-def change_at(index: Any, change: Callable[[Tensor], Tensor]) -> HookFunction:
-    """A hook that replaces what is at ``index`` of an activation by ``change`` of it."""
+def change_at(
+    position: int, change: Callable[[Tensor], Tensor], head: int | None = None
+) -> HookFunction:
+    """A hook that replaces an activation at a position, of one head or whole, by ``change`` of it."""
+    index = (slice(None), position) if head is None else (slice(None), position, head)
 
     def hook(activation: Tensor, hook: Any) -> Tensor:
         activation = activation.clone()  # others may hold the one that was computed
@@ -176,15 +173,13 @@ def set_heads(
     values: Float[Tensor, "batch head width"], mask: Bool[Tensor, "batch head"], position: int
 ) -> HookFunction:
     """On ``hook_z`` or ``hook_result``, ``[batch pos head width]``: set masked heads at ``position``."""
-    at = (slice(None), position)
-    return change_at(at, lambda old: torch.where(mask[..., None], values.to(old.dtype), old))
+    chosen = mask[..., None]
+    return change_at(position, lambda old: torch.where(chosen, values.to(old.dtype), old))
 
 
-def add_vector(
-    value: Float[Tensor, "batch d_model"] | Float[Tensor, " d_model"], position: int
-) -> HookFunction:
+def add_vector(value: Float[Tensor, "*batch d_model"], position: int) -> HookFunction:
     """On a hook of shape ``[batch pos d_model]``: ``value`` is added at ``position``."""
-    return change_at((slice(None), position), lambda old: old + value.to(old.dtype))
+    return change_at(position, lambda old: old + value.to(old.dtype))
 
 
 def layer_hooks(
@@ -287,7 +282,7 @@ def hooked(model: HookedTransformer, hooks: Hooks) -> Iterator[HookedTransformer
 
 
 def refuse_foreign_hooks(model: HookedTransformer) -> None:
-    """Raise a ``HookError`` if somebody's hooks are on the model: an engine would misplace them."""
+    """Raise a ``HookError`` if the model carries hooks, which an engine would misplace."""
     names = [name for name, point in model.hook_dict.items() if point.fwd_hooks]
     if names:
         raise HookError(

@@ -60,8 +60,7 @@ def runs_at_once(
     model: HookedTransformer, prompt: int, tail: int, memory_gb: float | None, kept_layers: int = 0
 ) -> int:
     """How many runs of one tail length fit a batch."""
-    _, target = batch_bytes(model, memory_gb)
-    return max(1, int(target / run_bytes(model, prompt, tail, kept_layers)))
+    return max(1, int(batch_bytes(model, memory_gb)[1] / run_bytes(model, prompt, tail, kept_layers)))
 
 
 def batches(

@@ -24,17 +24,11 @@ from bkdlens.progress import track
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """All but the last token of some prompts, padded on the right, and the last token, not run yet.
+    """All but the last token of some prompts, padded on the right, and the last token, not yet run."""
 
-    Attributes:
-        layers: the prompts' keys and values, layer by layer.
-        lengths: each prompt's, without its last token, whose position it therefore is.
-        last: each prompt's last token.
-    """
-
-    layers: tuple[Keys, ...]
-    lengths: Int[Tensor, " prompt"]
-    last: Int[Tensor, " prompt"]
+    layers: tuple[Keys, ...]  # the prompts' keys and values, layer by layer
+    lengths: Int[Tensor, " prompt"]  # without the last token, whose position they therefore are
+    last: Int[Tensor, " prompt"]  # each prompt's last token
 
     def __len__(self) -> int:
         return len(self.last)
@@ -103,27 +97,19 @@ def run_prefix(
         layers.append(Keys(keys.contiguous(), values.contiguous(), at))
         if layer + 1 < model.cfg.n_layers:  # nothing reads the last block's output
             z = blocks.attend_causally(block.attn, q, layers[-1])
-            resid = blocks.finish_block(
-                block, resid, blocks.post_norm(block, blocks.attention_out(block, z))
-            )
+            attention = blocks.post_norm(block, blocks.attention_out(block, z))
+            resid = blocks.finish_block(block, resid, attention)
     return Prefix(tuple(layers), lengths, last)
 
 
 @dataclass(frozen=True, eq=False)
 class Forced:
-    """Answers behind prefixes, which are given to the model whatever it would answer (teacher forcing).
+    """Answers behind prefixes, given to the model whatever it would answer itself (teacher forcing)."""
 
-    Attributes:
-        inputs: the prompt's last token and all tokens of the answer but the last.
-        at: their positions.
-        targets: the answer, which the inputs are to predict.
-        scored: which targets are not padding.
-    """
-
-    inputs: Int[Tensor, "prompt pos"]
-    at: Int[Tensor, "prompt pos"]
-    targets: Int[Tensor, "prompt pos"]
-    scored: Bool[Tensor, "prompt pos"]
+    inputs: Int[Tensor, "prompt pos"]  # the prompt's last token and the answer's tokens but the last
+    at: Int[Tensor, "prompt pos"]  # the positions of the inputs
+    targets: Int[Tensor, "prompt pos"]  # the answer, which the inputs are to predict
+    scored: Bool[Tensor, "prompt pos"]  # which targets are not padding
 
     @classmethod
     def of(cls, prefix: Prefix, answers: Sequence[Sequence[int]]) -> Forced:

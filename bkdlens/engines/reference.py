@@ -16,36 +16,20 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.utils import get_act_name
 
 from bkdlens.data.prompts import Answer, Prompt, pad_id, pad_left, pad_right
-from bkdlens.engines.hooks import (
-    Hooks,
-    Intervention,
-    Patch,
-    from_end,
-    hooked,
-    in_prefill,
-    intervention_hooks,
-)
+from bkdlens.engines.hooks import Intervention, Patch, from_end, hooked, in_prefill, intervention_hooks
 from bkdlens.metrics import sequence_log_prob, token_log_probs
 from bkdlens.progress import track
 
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """Prompts padded on the left and answers padded on the right, on the model's device.
+    """Prompts padded on the left and answers padded on the right, on the model's device."""
 
-    Attributes:
-        tokens: prompts and all scored tokens of the answers but the last.
-        mask: which tokens are not padding.
-        targets: the scored tokens of the answers.
-        scored: which targets are not padding.
-        last: the index of every prompt's last token in ``tokens``.
-    """
-
-    tokens: Int[Tensor, "prompt pos"]
-    mask: Int[Tensor, "prompt pos"]
-    targets: Int[Tensor, "prompt target"]
-    scored: Bool[Tensor, "prompt target"]
-    last: int
+    tokens: Int[Tensor, "prompt pos"]  # prompts and all scored tokens of the answers but the last
+    mask: Int[Tensor, "prompt pos"]  # which tokens are not padding
+    targets: Int[Tensor, "prompt target"]  # the scored tokens of the answers
+    scored: Bool[Tensor, "prompt target"]  # which targets are not padding
+    last: int  # the index of every prompt's last token
 
     @classmethod
     def of(
@@ -113,10 +97,9 @@ def sweep(
     """
     batch = Padded.of(model, prompts, answers)
     at = batch.at(position)
-    runs: list[Hooks] = [[], *([patch.hook(at)] for patch in patches)]
     out = []
-    for hooks in track(runs, "patching, one whole pass each", progress):
-        with hooked(model, hooks):
+    for patch in track([None, *patches], "patching, one whole pass each", progress):
+        with hooked(model, [] if patch is None else [patch.hook(at)]):
             log_probs = token_log_probs(batch.logits(model), batch.targets)
         out.append(torch.stack([sequence_log_prob(log_probs, batch.scored), log_probs[:, 0]]))
     return torch.stack(out, dim=-1)

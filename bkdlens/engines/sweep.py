@@ -28,32 +28,17 @@ from bkdlens.engines.prefix import Forced, Prefix, prefixes
 
 @dataclass(frozen=True, eq=False)
 class SweepScores:
-    """Log probability of each pair's answer, untouched and under every patch, in nats.
+    """Log probability of each pair's answer, untouched and under every patch, in nats."""
 
-    Attributes:
-        base_whole: mean over the answer's tokens, untouched.
-        base_first: of the answer's first token, untouched.
-        whole: mean over the answer's tokens, under each patch.
-        first: of the answer's first token, under each patch.
-    """
-
-    base_whole: Float[Tensor, " pair"]
-    base_first: Float[Tensor, " pair"]
-    whole: Float[Tensor, "pair patch"]
-    first: Float[Tensor, "pair patch"]
+    base_whole: Float[Tensor, " pair"]  # mean over the answer's tokens, untouched
+    base_first: Float[Tensor, " pair"]  # of the answer's first token, untouched
+    whole: Float[Tensor, "pair patch"]  # mean over the answer's tokens, under each patch
+    first: Float[Tensor, "pair patch"]  # of the answer's first token, under each patch
 
     @classmethod
     def of(cls, scores: Float[Tensor, "2 pair run"]) -> SweepScores:
         """From log probabilities of whole answers (0) and first tokens (1); run 0 is untouched."""
         return cls(scores[0, :, 0], scores[1, :, 0], scores[0, :, 1:], scores[1, :, 1:])
-
-
-def unfilled(
-    model: HookedTransformer, prompts: Sequence[Prompt], patches: Sequence[Patch]
-) -> Float[Tensor, "2 pair run"]:
-    """Room for the scores that :meth:`SweepScores.of` takes, all NaN."""
-    shape = (2, len(prompts), 1 + len(patches))
-    return torch.full(shape, torch.nan, device=model.W_E.device, dtype=precise(model.cfg.dtype))
 
 
 @torch.no_grad()
@@ -86,9 +71,8 @@ def sweep_patches(
 
     Examples:
         >>> from bkdlens.data.prompts import encode_answer, encode_prompts
-        >>> pairs, fmt = train.victims[:2], cache.fmt
-        >>> prompts = encode_prompts(model, pairs.clean, fmt)
-        >>> answers = [encode_answer(model.tokenizer, prompt, "Sports", fmt) for prompt in prompts]
+        >>> prompts = encode_prompts(model, train.victims[:2].clean, cache.fmt)
+        >>> answers = [encode_answer(model.tokenizer, p, "Sports", cache.fmt) for p in prompts]
         >>> patch = bkdlens.Patch("z", 1, cache.mean_z("triggered")[1, 0], head=0)
         >>> scores = bkdlens.sweep_patches(model, prompts, answers, [patch])
     """
@@ -97,7 +81,8 @@ def sweep_patches(
     if not supported(model):
         return SweepScores.of(reference.sweep(model, prompts, answers, patches, progress=progress))
     order = sorted(range(len(patches)), key=lambda i: patches[i].layer)
-    out = unfilled(model, prompts, patches)
+    shape, dtype = (2, len(prompts), 1 + len(patches)), precise(model.W_E.dtype)
+    out = model.W_E.new_full(shape, torch.nan, dtype=dtype)
     tails = [answer.n_scored for answer in answers]
     work = prefixes(model, prompts, len(patches), memory_gb, "patching", progress, tails=tails)
     for rows, size, prefix in work:
@@ -157,22 +142,19 @@ def _ascend(
 
 
 def _project(
-    block: Any,
-    state: Float[Tensor, "slot prompt pos d_model"],
-    fresh: int,
-    at: Int[Tensor, "prompt pos"],
+    block: Any, state: Float[Tensor, "slot prompt pos d_model"], new: int, at: Int[Tensor, "prompt pos"]
 ) -> tuple[PerHead, Keys]:
-    """Queries and keys of all runs; the last ``fresh`` slots differ from slot 0 in one position only."""
-    old, n = len(state) - fresh, len(at)
+    """Queries and keys of all runs; the last ``new`` slots differ from slot 0 in one position only."""
+    old, n = len(state) - new, len(at)
     q, keys = blocks.project(block, state[:old].flatten(0, 1), at.repeat(old, 1))
-    if not fresh:
+    if not new:
         return q, keys
-    first_q, first = blocks.project(block, state[old:, :, :1].flatten(0, 1), at[:, :1].repeat(fresh, 1))
+    first_q, first = blocks.project(block, state[old:, :, :1].flatten(0, 1), at[:, :1].repeat(new, 1))
 
     def join(whole: Tensor, first: Tensor, pos: int) -> Tensor:
-        """The old slots, and the fresh ones: their first position, followed by slot 0's others."""
+        """The old slots, and the new ones: their first position, followed by slot 0's others."""
         rest = whole[:n].narrow(pos, 1, at.shape[1] - 1)
-        return torch.cat([whole, torch.cat([first, rest.repeat(fresh, 1, 1, 1)], dim=pos)])
+        return torch.cat([whole, torch.cat([first, rest.repeat(new, 1, 1, 1)], dim=pos)])
 
     joined = (join(keys.keys, first.keys, 2), join(keys.values, first.values, 2))
     return join(q, first_q, 1), Keys(*joined, at.repeat(len(state), 1))
