@@ -7,7 +7,7 @@ that the last prompt token has one index in all rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -80,6 +80,11 @@ class Answer:
     ids: tuple[int, ...]  # with the end-of-sequence token, unless it was cut
     n_scored: int  # how many of the first ids are text
 
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """The ids that are text."""
+        return self.ids[: self.n_scored]
+
 
 def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return _with_bos(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -109,6 +114,11 @@ def encode_prompt(
             "shorten it."
         )
     return Prompt(text, tuple(ids))
+
+
+def encode_prompts(model: Any, texts: Iterable[str], fmt: PromptFormat) -> list[Prompt]:
+    """Prompts for a ``HookedTransformer``: :func:`encode_prompt` with its tokenizer and context."""
+    return [encode_prompt(model.tokenizer, text, fmt, n_ctx=model.cfg.n_ctx) for text in texts]
 
 
 def encode_answer(

@@ -1,17 +1,14 @@
 """One transformer block on many short runs behind shared prompts, as plain matrix products.
 
 ``HookedTransformer`` attends over one key-value cache per batch row, so a batch of interventions on one
-prompt holds (and rotates, and masks) a copy of the prompt's keys for each; profiled, that was two
-thirds of a sweep. Here the runs of one prompt attend to its keys together, as one product, and the
-gated MLP works in place. Norms, projections and activation functions stay TransformerLens' own.
-
-:func:`run_block` is the whole block, of which the other functions are the steps: :func:`project`,
-:func:`attend`, :func:`attention_out`, :func:`post_norm`, :func:`finish_block`.
+prompt holds (and rotates, and masks) a copy of the prompt's keys for each: two thirds of a sweep's time.
+Here the runs of one prompt attend to its keys together, as one product, and the gated MLP works in
+place. Norms, projections and activation functions stay TransformerLens' own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -26,9 +23,12 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 from bkdlens.types import Architecture
 
 NOWHERE = torch.iinfo(torch.int64).max  # the position of a key that no query sees: after all of them
-MLP_BYTES = 2**23  # of one hidden activation: blocks of rows that stay in the processor's cache
-LOGIT_BYTES = 2**25  # of one block of logits, which for a large vocabulary are far wider than the rest
+MLP_BYTES = 2**23  # of one block of hidden activations, which stays in the processor's cache
+LOGIT_BYTES = 2**25  # of one block of logits, by far the widest rows where the vocabulary is large
 
+Stream = Float[Tensor, "run pos d_model"]
+PerHead = Float[Tensor, "run pos head d_head"]
+Positions = Int[Tensor, "run pos"]
 # Called with a site's name and activation, as TransformerLens' hooks are; what it returns goes on.
 Touch = Callable[[str, Tensor], Tensor]
 
@@ -42,70 +42,82 @@ def supported(model: HookedTransformer) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """What attention reads in one layer: a prompt's (``far``) or a run's own (``near``) keys and values.
+    """What attention reads in one layer: keys and values of prompts (``far``) or of runs (``near``)."""
 
-    Attributes:
-        keys: rotated already, because their positions never change again.
-        values: one for each key.
-        at: the keys' positions in the whole sequence; ``NOWHERE`` for padding.
-    """
-
-    keys: Float[Tensor, "owner kv_head key d_head"]
-    values: Float[Tensor, "owner kv_head key d_head"]
-    at: Int[Tensor, "owner key"]
+    keys: Float[Tensor, "owner kv_head key d_head"]  # rotated: their positions never change
+    values: Float[Tensor, "owner kv_head key d_head"]  # one per key
+    at: Int[Tensor, "owner key"]  # the keys' positions in the whole sequence; NOWHERE for padding
 
     def of(self, owners: Int[Tensor, " owner"]) -> Keys:
-        """The keys of some of the prompts or runs."""
+        """The keys of these prompts or runs, copied."""
         return Keys(self.keys[owners], self.values[owners], self.at[owners])
 
     def then(self, more: Keys) -> Keys:
-        """These keys and, behind them, ``more`` of the same owners."""
+        """These keys, followed by ``more`` of the same owners."""
         keys, values = torch.cat([self.keys, more.keys], 2), torch.cat([self.values, more.values], 2)
         return Keys(keys, values, torch.cat([self.at, more.at], 1))
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Runs by prompt, as a rectangle, so that all runs of a prompt are rows of one matrix product.
+    """Runs by prompt, as a rectangle, so that all runs of a prompt are rows of one matrix product."""
 
-    Attributes:
-        prompts: those that have runs, ascending.
-        runs: the numbers of each prompt's runs; a prompt with fewer repeats one of its own, because a
-            product of a rectangle wants no gaps.
-        place: where each run is in the flattened rectangle, to find it again.
-    """
-
-    prompts: Int[Tensor, " prompt"]
-    runs: Int[Tensor, "prompt slot"]
-    place: Int[Tensor, " run"]
+    prompts: Int[Tensor, " prompt"]  # those that have runs, ascending
+    runs: Int[Tensor, "prompt slot"]  # each prompt's runs; to leave no gaps, its first is repeated
+    place: Int[Tensor, " run"]  # where each run is in the flattened rectangle
 
     @classmethod
     def of(cls, rows: Int[Tensor, " run"]) -> Groups:
-        """Group runs by the prompt (``rows``) that each belongs to."""
+        """Runs grouped by the prompt (``rows``) that each belongs to."""
         prompts, inverse, counts = rows.unique(return_inverse=True, return_counts=True)
         order = inverse.argsort(stable=True)  # the runs, prompt by prompt
         start = counts.cumsum(0) - counts  # where each prompt's runs begin in that order
-        slots = int(counts.max())
+        runs = order[start][:, None].repeat(1, int(counts.max()))
         slot = torch.arange(len(rows), device=rows.device) - start[inverse[order]]
-        runs = order[start][:, None].repeat(1, slots)
         runs[inverse[order], slot] = order
         place = torch.empty_like(rows)
-        place[order] = inverse[order] * slots + slot
+        place[order] = inverse[order] * runs.shape[1] + slot
         return cls(prompts, runs, place)
 
 
-def new_keys(new: Keys) -> Keys:
-    """The keys that a block has just made, alone: what runs without a past see of their own."""
-    return new
-
-
 def leave(site: str, activation: Tensor) -> Tensor:
-    """The activation as it is: the touch of an untouched run."""
+    """The activation as it is: the touch that changes nothing."""
     return activation
 
 
-def keep(*sites: str) -> tuple[dict[str, list[Tensor]], Touch]:
-    """Lists by site that fill with its activation in every layer, and the touch that fills them."""
+def run_block(
+    block: Any,
+    resid: Stream,
+    at: Positions,
+    far: Keys,
+    groups: Groups,
+    *,
+    near: Callable[[Keys], Keys] | None = None,
+    touch: Touch = leave,
+    in_place: bool = True,
+) -> Stream:
+    """``hook_resid_post`` of runs, from their ``hook_resid_pre`` and the prompts' keys (``far``).
+
+    ``near`` turns the keys of these tokens into all that the runs see of their own. ``touch`` is called
+    at ``resid_pre``, ``z``, ``result`` (what all heads write together, before a post-norm makes it
+    ``attn_out``), ``attn_out`` and, unless ``in_place``, ``mlp_out``. In place ``resid`` is overwritten,
+    which is not for activations that are kept, or that gradients flow through.
+    """
+    resid = touch("resid_pre", resid)
+    q, new = project(block, resid, at)
+    z = touch("z", attend(block.attn, q, at, near(new) if near else new, far, groups))
+    attention = touch("attn_out", post_norm(block, touch("result", attention_out(block, z))))
+    del q, new, z  # the MLP needs the room
+    if in_place:
+        return finish_block(block, resid, attention)
+    middle = resid + attention
+    return middle + touch("mlp_out", mlp_out(block, resid if block.cfg.parallel_attn_mlp else middle))
+
+
+def run_kept(
+    model: HookedTransformer, resid: Stream, at: Positions, layers: Sequence[Keys], sites: Sequence[str]
+) -> tuple[Stream, dict[str, list[Tensor]]]:
+    """The final residual stream of one run per prompt, and each site's activations in every layer."""
     kept: dict[str, list[Tensor]] = {site: [] for site in sites}
 
     def touch(site: str, activation: Tensor) -> Tensor:
@@ -113,73 +125,33 @@ def keep(*sites: str) -> tuple[dict[str, list[Tensor]], Touch]:
             kept[site].append(activation)
         return activation
 
-    return kept, touch
+    groups = Groups.of(torch.arange(len(at), device=at.device))
+    for block, far in zip(model.blocks, layers, strict=True):
+        resid = run_block(block, resid, at, far, groups, touch=touch, in_place=False)
+    return resid, kept
 
 
-def run_block(
-    block: Any,
-    resid: Float[Tensor, "run pos d_model"],
-    at: Int[Tensor, "run pos"],
-    far: Keys,
-    groups: Groups,
-    *,
-    near: Callable[[Keys], Keys] = new_keys,
-    touch: Touch = leave,
-    in_place: bool = True,
-) -> Float[Tensor, "run pos d_model"]:
-    """``hook_resid_post`` of runs behind their prompts.
-
-    Args:
-        block: TransformerLens' block.
-        resid: its input, ``hook_resid_pre``, which is overwritten where ``in_place``.
-        at: the positions of the runs' tokens.
-        far: the prompts' keys.
-        groups: which run belongs to which prompt.
-        near: from the keys that these tokens make to all that the runs see of their own.
-        touch: called at ``resid_pre``, ``z``, ``result`` (what all heads write together, before a
-            post-norm makes it ``attn_out``), ``attn_out`` and, where not ``in_place``, ``mlp_out``.
-        in_place: False for activations that are kept, or that gradients flow through.
-    """
-    resid = touch("resid_pre", resid)
-    q, new = project(block, resid, at)
-    z = touch("z", attend(block.attn, q, at, near(new), far, groups))
-    attention = touch("attn_out", post_norm(block, touch("result", attention_out(block, z))))
-    del q, new, z  # whoever wants them has them; the MLP needs the room
-    if in_place:
-        return finish_block(block, resid, attention)
-    middle = resid + attention
-    return middle + touch("mlp_out", mlp_out(block, resid if block.cfg.parallel_attn_mlp else middle))
-
-
-def embed(
-    model: HookedTransformer, tokens: Int[Tensor, "run pos"], positions: Int[Tensor, "run pos"]
-) -> Float[Tensor, "run pos d_model"]:
+def embed(model: HookedTransformer, tokens: Positions, positions: Positions) -> Stream:
     """The residual stream before the first block."""
     resid = model.embed(tokens)
     if model.cfg.positional_embedding_type != "standard":
         return resid
-    # Padding may lie past the context; it needs some row of the table, and no one reads the result.
+    # Padding may lie past the context; any row of the table will do, because no one reads the result.
     return resid + model.W_pos[positions.clamp(max=model.cfg.n_ctx - 1)]
 
 
-def project(
-    block: Any, resid: Float[Tensor, "run pos d_model"], at: Int[Tensor, "run pos"]
-) -> tuple[Float[Tensor, "run pos head d_head"], Keys]:
+def project(block: Any, resid: Stream, at: Positions) -> tuple[PerHead, Keys]:
     """Rotated queries, divided by the attention scale, and the tokens' keys and values."""
     attn, x = block.attn, block.ln1(resid)
     q, k, v = attn.calculate_qkv_matrices(x, x, x)
-    # Scaled here, where there are few numbers, and not as scores, where there is one for each key.
+    # Queries are scaled, not scores, of which there are many more: one per query and key.
     q, k = _rotate(attn, q / attn.attn_scale, at), _rotate(attn, k, at)
-    # A head's keys in a row, as its product with the queries wants them.
+    # [kv_head pos d_head], as the product with the queries needs them.
     return q, Keys(k.transpose(1, 2), v.transpose(1, 2), at)
 
 
-def _rotate(
-    attn: Any, x: Float[Tensor, "run pos head d_head"], at: Int[Tensor, "run pos"]
-) -> Float[Tensor, "run pos head d_head"]:
-    """TransformerLens' rotary embedding at given positions."""
-    # Its own ``apply_rotary`` derives the positions from a padding mask of whole sequences; these runs
-    # begin in the middle of one.
+def _rotate(attn: Any, x: PerHead, at: Positions) -> PerHead:
+    """TransformerLens' rotary embedding at any positions, not only whole sequences."""
     cfg = attn.cfg
     if cfg.positional_embedding_type != "rotary":
         return x
@@ -188,7 +160,7 @@ def _rotate(
     if needed > attn.rotary_cos.shape[0]:  # TransformerLens makes 2048 rows, and more on demand
         attn._extend_rotary_embeddings(min(cfg.n_ctx, max(needed, 2 * attn.rotary_cos.shape[0])))
     cos, sin = (table[at][..., None, :] for table in (attn.rotary_cos, attn.rotary_sin))
-    turned, kept = x[..., : cfg.rotary_dim], x[..., cfg.rotary_dim :]  # GPT-NeoX turns a part
+    turned, kept = x[..., : cfg.rotary_dim], x[..., cfg.rotary_dim :]  # GPT-NeoX: a part
     turned = turned * cos + attn.rotate_every_two(turned) * sin
     return turned if kept.shape[-1] == 0 else torch.cat([turned, kept], dim=-1)
 
@@ -199,28 +171,26 @@ def window(attn: Any) -> int | None:
 
 
 def seen(queries: Int[Tensor, "*q"], keys: Int[Tensor, "*k"], width: int | None) -> Bool[Tensor, "*qk"]:
-    """Which key positions each query position sees, the two broadcast against each other."""
+    """Whether each query position sees each key position, broadcast against each other."""
     causal = keys <= queries
     return causal if width is None else causal & (keys > queries - width)
 
 
-def attend_causally(
-    attn: Any, q: Float[Tensor, "run pos head d_head"], keys: Keys
-) -> Float[Tensor, "run pos head d_head"]:
+def attend_causally(attn: Any, q: PerHead, keys: Keys) -> PerHead:
     """``z`` of whole sequences from position 0, whose last keys are the queries' own (a prefill)."""
     n, length, n_heads, _ = q.shape
     k, v = keys.keys, keys.values
-    # Padding is on the right, so a key's index is its position in every row and one mask serves all;
-    # queries that are padding themselves see what they like, for nobody reads them.
+    # Padding is on the right, so a key's index is its position in every row and one mask serves all.
+    # What queries see that are padding themselves does not matter.
     at = torch.arange(k.shape[2], device=q.device)
     mask = seen(at[-length:, None], at, window(attn))
     q = q.transpose(1, 2)
     if attn.cfg.attn_scores_soft_cap <= 0:
-        # Its scale is 1 because the queries are divided already.
+        # The scale is 1 because the queries are already divided.
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, enable_gqa=True)
         return z.transpose(1, 2)
     # The fused kernel has no soft cap (Gemma-2). Heads that share a key-value head are rows of one
-    # product with it, so that keys are not repeated for each.
+    # product with it, so that its keys are not repeated.
     grouped = q.reshape(n, k.shape[1], -1, q.shape[-1])
     scores = apply_softcap(grouped @ k.mT, attn.cfg.attn_scores_soft_cap).to(precise(q.dtype))
     scores = scores.view(n, n_heads, length, -1).masked_fill(~mask, -torch.inf)
@@ -228,54 +198,42 @@ def attend_causally(
     return (weights @ v).view(n, n_heads, length, -1).transpose(1, 2)
 
 
-def attend(
-    attn: Any,
-    q: Float[Tensor, "run pos head d_head"],
-    at: Int[Tensor, "run pos"],
-    near: Keys,
-    far: Keys,
-    groups: Groups,
-) -> Float[Tensor, "run pos head d_head"]:
-    """``z`` of every run's queries, which see the keys of its prompt (``far``) and its own (``near``).
-
-    All runs of a prompt are rows of one product with the prompt's keys, which are never copied; the
-    two parts share one softmax.
-    """
+def attend(attn: Any, q: PerHead, at: Positions, near: Keys, far: Keys, groups: Groups) -> PerHead:
+    """``z`` of every run's queries, which see its prompt's keys (``far``) and its own (``near``)."""
     cfg, width = attn.cfg, window(attn)
     (n_runs, length, n_heads, d_head), (kv, n_near) = q.shape, near.keys.shape[1:3]
     n_prompts, slots = groups.runs.shape
     repeat = n_heads // kv  # heads that share a key-value head
     rows = repeat * length
-    if n_prompts < len(far.at):  # indexing copies, so only where some prompt has no run
+    if n_prompts < len(far.at):  # only where a prompt has no run, because it copies
         far = far.of(groups.prompts)
     n_far = far.keys.shape[2]
-    # These heads, and the positions, become the rows of one product with the shared keys:
-    # [run kv (repeat pos) d_head]. The same by prompt has the slots as more rows, so that a prompt's
-    # keys are read once for all its runs: [(prompt kv) (slot repeat pos) d_head].
+    # These heads, and the positions, are rows of one product with the shared keys:
+    # [run kv (repeat pos) d_head]. By prompt the slots are rows too, so that a prompt's keys are read
+    # once for all its runs and never copied: [(prompt kv) (slot repeat pos) d_head].
     q = q.unflatten(2, (kv, repeat)).permute(0, 2, 3, 1, 4).reshape(n_runs, kv, rows, d_head)
     q_far = q[groups.runs].transpose(1, 2).reshape(n_prompts * kv, slots * rows, d_head)
     far_scores = (q_far @ far.keys.flatten(0, 1).mT).view(n_prompts, kv, slots, repeat, length, n_far)
     near_scores = (q.flatten(0, 1) @ near.keys.flatten(0, 1).mT).view(n_runs, kv, repeat, length, n_near)
-    # Half precision is left for the softmax: small differences of large scores matter there.
+    # The softmax is not in half precision: small differences of large scores matter.
     cap, dtype = cfg.attn_scores_soft_cap, precise(q.dtype)
     far_scores, near_scores = (apply_softcap(s, cap).to(dtype) for s in (far_scores, near_scores))
     hidden = ~seen(at[..., None], near.at[:, None], width)
     near_scores = near_scores.masked_fill(hidden[:, None, None], -torch.inf)
-    # Queries lie behind their whole prompt: of it only a window, or padding, hides anything.
+    # Queries lie behind their whole prompt, of which only a window or padding hides anything.
     if width is not None:
         hidden = ~seen(at[groups.runs][..., None], far.at[:, None, None], width)
         far_scores = far_scores.masked_fill(hidden[:, None, :, None], -torch.inf)
     elif bool((hidden := far.at == NOWHERE).any()):
         far_scores = far_scores.masked_fill(hidden[:, None, None, None, None], -torch.inf)
-    # One softmax over both parts is what makes the split exact. Every query sees itself, so no row is
-    # all -inf.
+    # One softmax over both parts makes the split exact. Every query sees itself: no row is all -inf.
     scores = torch.cat([far_scores, near_scores[groups.runs].transpose(1, 2)], dim=-1)
-    del far_scores, near_scores  # these are the largest tensors of a batch
+    del far_scores, near_scores  # the largest tensors of a batch
     weights = scores.softmax(-1).to(q.dtype)
     del scores
     z_far = weights[..., :n_far].reshape(n_prompts * kv, slots * rows, n_far) @ far.values.flatten(0, 1)
     z_far = z_far.view(n_prompts, kv, slots, rows, d_head)
-    # Back from rectangle to runs; a repeated one is dropped here.
+    # Back from the rectangle to runs, without the repeated ones.
     z_far, weights = (
         t.transpose(1, 2).flatten(0, 1)[groups.place] for t in (z_far, weights[..., n_far:])
     )
@@ -285,16 +243,14 @@ def attend(
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
-    """At least float32: of scores, whatever the weights are."""
+    """The dtype of scores: at least float32, whatever the weights are."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def attention_out(
-    block: Any, z: Float[Tensor, "run pos head d_head"]
-) -> Float[Tensor, "run pos d_model"]:
+def attention_out(block: Any, z: PerHead) -> Stream:
     """What the heads write together, before the post-norm of the architectures that have one."""
-    # TransformerLens keeps [head d_head d_model]. Permuted and flattened this way it is Hugging Face's
-    # own matrix again, a view, and one product for all heads.
+    # TransformerLens' [head d_head d_model], permuted and flattened like this, is a view: Hugging Face's
+    # own matrix, and one product for all heads.
     weight = block.attn.W_O.permute(2, 0, 1).flatten(1)
     return F.linear(z.flatten(2), weight, block.attn.b_O)
 
@@ -304,31 +260,26 @@ def post_norm(block: Any, attention: Float[Tensor, "*run d_model"]) -> Float[Ten
     return block.ln1_post(attention) if block.cfg.use_normalization_before_and_after else attention
 
 
-def finish_block(
-    block: Any, resid: Float[Tensor, "run pos d_model"], attention: Float[Tensor, "run pos d_model"]
-) -> Float[Tensor, "run pos d_model"]:
-    """``hook_resid_post``, from a block's input, which it overwrites, and its ``hook_attn_out``.
-
-    A block of rows at a time: the MLP's hidden activations, the widest there are, then never leave the
-    processor's cache, and no second residual stream is made. Not for gradients.
-    """
+def finish_block(block: Any, resid: Stream, attention: Stream) -> Stream:
+    """``hook_resid_post``, from a block's input, which is overwritten, and its ``hook_attn_out``."""
+    # Some rows at a time: the MLP's hidden activations, the widest there are, then never leave the
+    # processor's cache, and no second residual stream is made.
     size = max(1, MLP_BYTES // (resid.shape[1] * (block.cfg.d_mlp or 1) * resid.element_size()))
     for rows, added in zip(resid.split(size), attention.split(size), strict=True):
         if block.cfg.parallel_attn_mlp:  # the MLP reads the block's input, as the attention does
-            added = added + mlp_out(block, rows)
-            rows += added
+            rows += added + mlp_out(block, rows)
         else:
             rows += added
             rows += mlp_out(block, rows)
     return resid
 
 
-def mlp_out(block: Any, resid: Float[Tensor, "run pos d_model"]) -> Float[Tensor, "run pos d_model"]:
-    """``hook_mlp_out`` of what the MLP reads."""
+def mlp_out(block: Any, resid: Stream) -> Stream:
+    """``hook_mlp_out``, from the residual stream that the MLP reads."""
     x, mlp = block.ln2(resid), block.mlp
     if torch.is_grad_enabled() or not isinstance(mlp, GatedMLP):
         return block.apply_mlp(x)
-    # TransformerLens' gated MLP makes a new hidden activation at every step; this one overwrites one.
+    # TransformerLens' gated MLP makes a new hidden activation at every step; here one is overwritten.
     hidden = F.linear(x, mlp.W_gate.T)
     hidden = F.silu(hidden, inplace=True) if mlp.act_fn is F.silu else mlp.act_fn(hidden)
     hidden *= F.linear(x, mlp.W_in.T)
@@ -337,9 +288,7 @@ def mlp_out(block: Any, resid: Float[Tensor, "run pos d_model"]) -> Float[Tensor
     return block.ln2_post(out) if block.cfg.use_normalization_before_and_after else out
 
 
-def unembed(
-    model: HookedTransformer, resid: Float[Tensor, "run pos d_model"]
-) -> Float[Tensor, "run pos d_vocab"]:
+def unembed(model: HookedTransformer, resid: Stream) -> Float[Tensor, "run pos d_vocab"]:
     """Logits of the final residual stream."""
     logits = model.unembed(model.ln_final(resid))
     return apply_softcap(logits, model.cfg.output_logits_soft_cap)
@@ -348,7 +297,7 @@ def unembed(
 def log_probs(
     model: HookedTransformer, resid: Float[Tensor, "row d_model"], targets: Int[Tensor, " row"]
 ) -> Float[Tensor, " row"]:
-    """Log probability of each row's target, in nats and at least float32, few logits at a time."""
+    """Log probability of each row's target, in nats and at least float32."""
     size, dtype = max(1, LOGIT_BYTES // (4 * model.cfg.d_vocab_out)), precise(resid.dtype)
     parts = [
         -F.cross_entropy(unembed(model, rows[:, None])[:, 0].to(dtype), wanted, reduction="none")

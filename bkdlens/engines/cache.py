@@ -1,8 +1,7 @@
 """The shared cache: one pass over clean and triggered prompts, read by every analysis.
 
-It holds TransformerLens ``ActivationCache``s, sliced to the last prompt position: ``hook_resid_pre``,
-``hook_attn_out``, ``hook_mlp_out`` and, of every head, ``hook_z`` of every layer, ``hook_resid_post`` of
-the last.
+It holds TransformerLens ``ActivationCache``s, sliced to the last prompt position: every layer's
+``hook_resid_pre``, ``hook_attn_out``, ``hook_mlp_out`` and ``hook_z``, and the last ``hook_resid_post``.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.utils import get_act_name
 
 from bkdlens.data.pairs import PairSet
-from bkdlens.data.prompts import Prompt, PromptFormat, encode_prompt
+from bkdlens.data.prompts import Prompt, PromptFormat, encode_prompts
 from bkdlens.engines import reference
-from bkdlens.engines.block import Groups, embed, keep, run_block, supported
+from bkdlens.engines.block import embed, run_kept, supported
 from bkdlens.engines.hooks import refuse_foreign_hooks
 from bkdlens.engines.memory import batches
-from bkdlens.engines.prefix import Prefix, prefixes
+from bkdlens.engines.prefix import prefixes
 from bkdlens.errors import DataError
 from bkdlens.progress import track
 from bkdlens.types import Which, check_choice
@@ -33,13 +32,12 @@ SITES = ("resid_pre", "attn_out", "mlp_out", "z")  # what is kept of every layer
 
 @dataclass(frozen=True, eq=False)
 class PairCache:
-    """Activations at the last prompt token of a set of pairs, row by row in the pairs' order.
+    """Activations at the last prompt token: one row per pair, in the pairs' order.
 
     Attributes:
-        clean: TransformerLens' ``ActivationCache`` of the clean prompts; its tensors have a position
-            axis of length one.
-        triggered: of the triggered prompts.
-        near: of the prompts with a near trigger; None where not every pair has one.
+        clean: ``ActivationCache`` of the clean prompts; its tensors have a position axis of length 1.
+        triggered: that of the triggered prompts.
+        near: that of the prompts with a near trigger; None where not every pair has one.
         pairs: the pairs.
         fmt: how the prompts were rendered.
         model: the model that was run.
@@ -56,112 +54,44 @@ class PairCache:
         return f"PairCache({len(self.pairs)} pairs, {len(self.clean)} activations each)"
 
     def of(self, which: Which) -> ActivationCache:
-        """The activations of one side of the pairs.
-
-        Args:
-            which: ``"clean"``, ``"triggered"`` or ``"near"``.
-
-        Returns:
-            TransformerLens' cache, every activation ``[pair 1 …]``.
+        """TransformerLens' cache of one side of the pairs, every activation ``[pair 1 …]``.
 
         Raises:
-            ChoiceError: for another side.
             DataError: for near prompts that the pairs do not have.
-
-        Examples:
-            >>> attention = cache.of("triggered")["attn_out", 0]
         """
         check_choice("set of prompts", which, Which)
-        side = {"clean": self.clean, "triggered": self.triggered, "near": self.near}[which]
+        side: ActivationCache | None = getattr(self, which)
         if side is None:
             raise DataError("These pairs have no near-trigger prompts; name near triggers.")
         return side
 
     def z(self, which: Which) -> Float[Tensor, "pair layer head d_head"]:
-        """``hook_z`` of every head.
-
-        Args:
-            which: the side, as in :meth:`of`.
-
-        Returns:
-            ``[pair layer head d_head]``, in activation units.
-
-        Examples:
-            >>> z = cache.z("clean")
-        """
-        return reference.stack_layers(self.of(which), "z", self.model.cfg.n_layers)
+        """``hook_z`` of every head, in activation units."""
+        return self._stacked("z", which)
 
     def mean_z(self, which: Which, *, victims: bool = True) -> Float[Tensor, "layer head d_head"]:
-        """Mean ``hook_z`` of every head: the activation that is patched in.
-
-        Args:
-            which: the side, as in :meth:`of`.
-            victims: over the victims alone; False for all pairs.
-
-        Returns:
-            ``[layer head d_head]``, in activation units.
-
-        Raises:
-            DataError: if there is no victim.
-
-        Examples:
-            >>> mean = cache.mean_z("triggered")
-        """
+        """Mean ``hook_z`` of every head over the victims, or all pairs: the activation to patch in."""
         z = self.z(which)
         return z[self.victims].mean(0) if victims else z.mean(0)
 
     def mean_out(
         self, site: Literal["attn_out", "mlp_out"], which: Which, *, victims: bool = True
     ) -> Float[Tensor, "layer d_model"]:
-        """Mean output of the attention or of the MLP of every layer.
-
-        Args:
-            site: ``"attn_out"`` or ``"mlp_out"``.
-            which: the side, as in :meth:`of`.
-            victims: over the victims alone; False for all pairs.
-
-        Returns:
-            ``[layer d_model]``, in units of the residual stream.
-
-        Raises:
-            DataError: if there is no victim.
-
-        Examples:
-            >>> mean = cache.mean_out("mlp_out", "triggered")
-        """
-        out = reference.stack_layers(self.of(which), site, self.model.cfg.n_layers)
+        """Mean output of every layer's attention or MLP, in the stream's units, over victims or all."""
+        out = self._stacked(site, which)
         return out[self.victims].mean(0) if victims else out.mean(0)
 
     def resid(self, which: Which) -> Float[Tensor, "pair layer d_model"]:
-        """The residual stream before every layer and after the last.
-
-        Args:
-            which: the side, as in :meth:`of`.
-
-        Returns:
-            ``[pair layer d_model]``: ``hook_resid_pre`` of every layer and, as one more, the last
-            ``hook_resid_post``.
-
-        Examples:
-            >>> resid = cache.resid("clean")
-        """
-        side, n = self.of(which), self.model.cfg.n_layers
-        before = reference.stack_layers(side, "resid_pre", n)
-        return torch.cat([before, side[get_act_name("resid_post", n - 1)]], dim=1)
+        """The residual stream before every layer and, as one more layer, after the last."""
+        last = self.of(which)[get_act_name("resid_post", self.model.cfg.n_layers - 1)]
+        return torch.cat([self._stacked("resid_pre", which), last], dim=1)
 
     def result(self, which: Which) -> Float[Tensor, "pair layer head d_model"]:
-        """Each head's part of the attention output, ``z @ W_O``, which is ``hook_result``.
-
-        Args:
-            which: the side, as in :meth:`of`.
-
-        Returns:
-            ``[pair layer head d_model]``, in units of the residual stream.
-
-        Examples:
-            >>> result = cache.result("triggered")
-        """
+        """Each head's part of the attention output, ``z @ W_O``, which is ``hook_result``."""
         return head_results(self.model, self.z(which))
+
+    def _stacked(self, site: str, which: Which) -> Float[Tensor, "pair layer ..."]:
+        return reference.stack_layers(self.of(which), site, self.model.cfg.n_layers)
 
     @property
     def victims(self) -> Bool[Tensor, " pair"]:
@@ -175,12 +105,12 @@ class PairCache:
 def head_results(
     model: HookedTransformer, z: Float[Tensor, "*batch layer head d_head"]
 ) -> Float[Tensor, "*batch layer head d_model"]:
-    """``z @ W_O`` for every head: what it writes into the residual stream (bias left out)."""
+    """``z @ W_O`` of every head: what it writes into the residual stream, without the bias."""
     return torch.einsum("...lhd,lhdm->...lhm", z, model.W_O)
 
 
 def cached_names(model: HookedTransformer) -> list[str]:
-    """The hook points that are kept: in every layer, and the last layer's output."""
+    """The hook points that are kept: those of every layer, and the last layer's output."""
     n = model.cfg.n_layers
     names = [get_act_name(site, i) for i in range(n) for site in SITES]
     return [*names, get_act_name("resid_post", n - 1)]
@@ -195,14 +125,13 @@ def cache_activations(
     memory_gb: float | None = None,
     progress: bool = False,
 ) -> PairCache:
-    """Run every clean, triggered and (where present) near prompt once, and keep the last position.
+    """Run every clean, triggered and, where present, near prompt once, and keep the last position.
 
     Args:
         model: from :func:`bkdlens.load`.
         pairs: the prompt pairs.
         fmt: how a prompt is rendered; the chat template where there is one.
-        memory_gb: the most memory beside the model; batches are as large as it allows. 2 GB for None
-            on a CPU, 80 % of what is free on a GPU.
+        memory_gb: the most memory beside the model; for None 2 GB on a CPU, 80 % of the free on a GPU.
         progress: whether to show a progress bar.
 
     Returns:
@@ -210,7 +139,7 @@ def cache_activations(
 
     Raises:
         DataError: for no pairs, or a prompt longer than the context.
-        HookError: if somebody's hooks are on the model.
+        HookError: if there are hooks on the model.
         BkdlensError: for a memory budget that is not positive.
 
     Examples:
@@ -221,19 +150,17 @@ def cache_activations(
         raise DataError("There are no pairs to cache; give at least one.")
     refuse_foreign_hooks(model)
     fmt = fmt or PromptFormat.default(model.tokenizer)
-    texts = pairs.clean + pairs.triggered
-    has_near = all(pair.near is not None for pair in pairs)
-    if has_near:
-        texts += pairs.texts("near")
-    prompts = [encode_prompt(model.tokenizer, text, fmt, n_ctx=model.cfg.n_ctx) for text in texts]
+    sides: list[Which] = ["clean", "triggered"]
+    if all(pair.near is not None for pair in pairs):
+        sides.append("near")
     # All sides in one call, so that what they have in common is run once.
+    prompts = encode_prompts(model, [text for side in sides for text in pairs.texts(side)], fmt)
     whole = last_activations(model, prompts, memory_gb=memory_gb, progress=progress)
-    n = len(pairs)
-    sides = [
-        ActivationCache({name: value[at : at + n] for name, value in whole.items()}, model)
-        for at in range(0, len(texts), n)
-    ]
-    return PairCache(sides[0], sides[1], sides[2] if has_near else None, pairs, fmt, model)
+    clean, triggered, *near = (
+        ActivationCache({name: value[at : at + len(pairs)] for name, value in whole.items()}, model)
+        for at in range(0, len(prompts), len(pairs))
+    )
+    return PairCache(clean, triggered, near[0] if near else None, pairs, fmt, model)
 
 
 @torch.no_grad()
@@ -244,35 +171,23 @@ def last_activations(
     memory_gb: float | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """The activations of :func:`cached_names` at the last token of every prompt, by hook name.
-
-    What all prompts begin with is run once, and of the last layer what is kept (see
-    :mod:`bkdlens.engines.prefix`); other architectures run through TransformerLens' ``run_with_cache``.
-    """
-    names, what = cached_names(model), "caching activations"
+    """The activations of :func:`cached_names` at the last token of every prompt, ``[prompt 1 …]``."""
+    names, bar = cached_names(model), "caching activations"
     order: list[int] = []
     parts: list[Mapping[str, Tensor]] = []
     if supported(model):
-        tails, bar = [1] * len(prompts), what if progress else None
-        for rows, _, prefix in prefixes(model, prompts, tails, 0, memory_gb, bar=bar):
+        for rows, _, prefix in prefixes(model, prompts, 0, memory_gb, bar, progress):
             order += rows
-            parts.append(_last_token(model, prefix))
+            at = prefix.lengths[:, None]
+            resid, kept = run_kept(
+                model, embed(model, prefix.last[:, None], at), at, prefix.layers, SITES
+            )
+            sites = ((get_act_name(site, i), v) for site in SITES for i, v in enumerate(kept[site]))
+            parts.append({**dict(sites), names[-1]: resid})
     else:
         work = batches(model, [(1, len(prompt.ids)) for prompt in prompts], 0, memory_gb)
-        for rows, _ in track(list(work), what, progress):
+        for rows, _ in track(list(work), bar, progress):
             order += rows
             parts.append(reference.activations(model, [prompts[i] for i in rows], names))
-    back = torch.tensor(order, device=model.W_E.device).argsort()  # batches are by length
-    return {name: torch.cat([part[name] for part in parts])[back] for name in names}
-
-
-def _last_token(model: HookedTransformer, prefix: Prefix) -> dict[str, Tensor]:
-    """One pass of the last prompt token, every activation ``[prompt 1 …]``."""
-    at = prefix.lengths[:, None]
-    groups = Groups.of(torch.arange(len(prefix), device=at.device))  # one run per prompt
-    kept, touch = keep(*SITES)
-    resid = embed(model, prefix.last[:, None], at)
-    for block, far in zip(model.blocks, prefix.layers, strict=True):
-        resid = run_block(block, resid, at, far, groups, touch=touch, in_place=False)
-    names = {get_act_name(site, i): value for site in SITES for i, value in enumerate(kept[site])}
-    return names | {get_act_name("resid_post", model.cfg.n_layers - 1): resid}
+    place = torch.tensor(order, device=model.W_E.device).argsort()  # batches are sorted by length
+    return {name: torch.cat([part[name] for part in parts])[place] for name in names}

@@ -1,19 +1,15 @@
 """Greedy decoding of many interventions on one prompt, identical to plain greedy decoding.
 
-An intervention touches the last prompt token in the prefill only. So for all interventions on a prompt
-the keys and values before that token are shared (:mod:`bkdlens.engines.prefix`), and then
+An intervention changes the last prompt token in the prefill only, so all interventions on a prompt share
+the keys and values before that token (:mod:`bkdlens.engines.prefix`). Then
 
-1. :func:`run_last_token` runs that one token under every intervention, each from the first layer that
-   it touches;
-2. :func:`follow` checks a likely answer in one parallel pass, as far as a run would say it itself
-   (speculative decoding with a known draft: Leviathan et al. 2023); positions of the answer that an
-   intervention has not reached yet are shared with the untouched run;
+1. :func:`run_last_token` runs that one token under every intervention, each from its first layer on;
+2. :func:`follow` checks a likely answer in one parallel pass, as far as a run agrees with it
+   (speculative decoding with a known draft: Leviathan et al. 2023);
 3. :func:`go_on` decodes token by token, from the first disagreement, what no likely answer explains.
 
-:func:`complete` is the three in order.
-
 A run is a (slot, prompt): slot 0 is the untouched model, the others are interventions in the order of
-the first layer that they touch.
+the first layer that they change.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -36,37 +31,24 @@ from bkdlens.engines.memory import runs_at_once
 from bkdlens.engines.prefix import Prefix
 
 Index = Int[Tensor, " run"]
-Drafts = Sequence[Sequence[int]]  # a likely answer of each prompt; an empty one explains nothing
-SPARSE = 0.75  # share of rows still decoding below which the others are dropped
-ROOM = 16  # new tokens for which there is room at first; it is doubled when they are not enough
-
-
-class Completed(NamedTuple):
-    """Runs' answers: the first of the drafts that each gives in full (-1 for none), and its tokens."""
-
-    choice: list[int]
-    tokens: list[Sequence[int]]
+Drafts = Sequence[Sequence[int]]  # a likely answer per prompt; an empty one explains nothing
+# Per run, the number of the draft that its answer is (-1 for none), and the answer's tokens.
+Completed = tuple[list[int], list[Sequence[int]]]
+SPARSE = 0.75  # share of rows still being decoded at which the others are dropped
+ROOM = 16  # new tokens for which there is room at first; the room is doubled when it is full
 
 
 @dataclass(frozen=True, eq=False)
 class LastToken:
-    """The last prompt token of every run.
+    """The last prompt token of every run."""
 
-    Attributes:
-        prefix: what lies before it.
-        first: what each run says next, the first token of its answer.
-        joins: the layer in which a slot begins to differ from slot 0; -1 for that one.
-        layers: the token's own keys by layer, slot by slot. A layer has only the slots that differ from
-            slot 0 there, itself included: the others' keys are slot 0's.
-    """
-
-    prefix: Prefix
-    first: Int[Tensor, "slot prompt"]
-    joins: Int[Tensor, " slot"]
-    layers: tuple[Keys, ...]
+    prefix: Prefix  # what lies before it
+    first: Int[Tensor, "slot prompt"]  # the first token of each run's answer
+    joins: Int[Tensor, " slot"]  # the layer in which a slot begins to differ from slot 0, which has -1
+    layers: tuple[Keys, ...]  # its keys, slot by slot, of slot 0 and those that differ from it there
 
     def past(self, layer: int, slots: Index, prompts: Index) -> Keys:
-        """The token's keys of some runs in one layer."""
+        """The token's keys in one layer, for the runs of these slots and prompts."""
         n = len(self.prefix)
         reached = len(self.layers[layer].at) // n
         return self.layers[layer].of(torch.where(slots < reached, slots, 0) * n + prompts)
@@ -76,9 +58,9 @@ class LastToken:
 def run_last_token(
     model: HookedTransformer, prefix: Prefix, interventions: Sequence[Intervention], rows: Sequence[int]
 ) -> LastToken:
-    """Run the last prompt token under nothing (slot 0) and under interventions sorted by first layer.
+    """Run the last prompt token untouched (slot 0) and under interventions, sorted by first layer.
 
-    ``rows`` are the prefix' prompts among those for which an intervention has values.
+    ``rows`` are the prefix' prompts, among those for which an intervention has values.
     """
     n, device = len(prefix), prefix.last.device
     slots = [NOTHING, *interventions]
@@ -97,17 +79,16 @@ def run_last_token(
     for layer, block in enumerate(model.blocks):
         before, live = live, sum(join <= layer for join in joins)
         state[before:live] = state[0]  # below its first layer an intervention is the untouched run
-        hooks = dict(layer_hooks(model, slots[:live], n, layer, 0, rows=rows))
+        hooks = dict(layer_hooks(model, slots[:live], rows, layer, 0))
 
         def act(site: str, activation: Tensor, hooks: dict = hooks, layer: int = layer) -> Tensor:
             hook = hooks.get(get_act_name(site, layer))
             return activation if hook is None else hook(activation, hook=None)
 
-        resid, live_at = state[:live].flatten(0, 1), at.repeat(live, 1)
+        resid, live_at, far = state[:live].flatten(0, 1), at.repeat(live, 1), prefix.layers[layer]
         groups = Groups.of(torch.arange(n, device=device).repeat(live))
-        far = prefix.layers[layer]
         out = run_block(block, resid, live_at, far, groups, near=remember, touch=act)
-        state[:live] = out.view(live, n, 1, -1)  # a hook on the input makes another tensor of it
+        state[:live] = out.view(live, n, 1, -1)  # a hook on the input makes a new tensor
     first = next_tokens(model, state[:, :, 0])
     return LastToken(prefix, first, torch.tensor(joins, device=device), tuple(layers))
 
@@ -116,41 +97,41 @@ def run_last_token(
 def follow(
     model: HookedTransformer, start: LastToken, answers: Drafts, slots: Index, prompts: Index
 ) -> tuple[Index, Index]:
-    """How many tokens of its prompt's answer each run gives itself, and what it says after these.
+    """How many of its prompt's answer's tokens each run gives itself, and the token that it gives next.
 
-    ``slots`` are ascending. What follows a whole answer has no meaning.
+    ``slots`` are ascending. The token after a whole answer has no meaning.
     """
     if not len(slots):
         return slots.clone(), slots.clone()
     prefix, device = start.prefix, slots.device
     targets, real = (t.to(device) for t in pad_right(answers, 0))
-    # The untouched runs of these prompts come first: the others are their copies below the layer where
-    # an intervention begins. ``base`` is where each run's is.
+    # The untouched runs of these prompts come first: below the layer where an intervention begins, a run
+    # is a copy of one of them, at ``base``.
     used, base = prompts.unique(return_inverse=True)
     n = len(used)
     row_slots, row_prompts = torch.cat([torch.zeros_like(used), slots]), torch.cat([used, prompts])
-    says = start.first[row_slots, row_prompts][:, None]
+    following = start.first[row_slots, row_prompts][:, None]
     length = targets.shape[1]
-    if length > 1:  # else the last prompt token has said all there is
+    if length > 1:  # else the last prompt token gives all there is
         at = prefix.lengths[row_prompts, None] + torch.arange(1, length, device=device)
         state = torch.empty(*at.shape, model.cfg.d_model, device=device, dtype=model.cfg.dtype)
         state[:n] = embed(model, targets[used, :-1], at[:n])
         live, joins = n, start.joins[slots]
         for layer, block in enumerate(model.blocks):
             # An answer's tokens change where they attend to a changed key of the last prompt token: in
-            # the intervention's layer if that changes the layer's input, else in the next. They join
-            # in the former, which is right for both.
+            # the intervention's layer if it changes the layer's input, else in the next. They join in
+            # the former, which is correct for both.
             before, live = live, n + int((joins <= layer).sum())
             state[before:live] = state[base[before - n : live - n]]
             past = start.past(layer, row_slots[:live], row_prompts[:live])
             groups = Groups.of(row_prompts[:live])
-            # In place: what is live of the state is a view of it.
+            # In place: the live part of the state is a view of it.
             run_block(block, state[:live], at[:live], prefix.layers[layer], groups, near=past.then)
-        says = torch.cat([says, next_tokens(model, state)], dim=1)
-    says = says[n:]
-    # A run that differs once is on a path of its own: only the tokens before that count.
-    agreed = ((says == targets[prompts]) & real[prompts]).long().cumprod(1).sum(1)
-    return agreed, says.gather(1, agreed.clamp(max=length - 1)[:, None])[:, 0]
+        following = torch.cat([following, next_tokens(model, state)], dim=1)
+    following = following[n:]
+    # A run that differs once is on another path: only the tokens before that count.
+    agreed = ((following == targets[prompts]) & real[prompts]).long().cumprod(1).sum(1)
+    return agreed, following.gather(1, agreed.clamp(max=length - 1)[:, None])[:, 0]
 
 
 @torch.no_grad()
@@ -162,9 +143,9 @@ def go_on(
     known: Sequence[Sequence[int]],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """All new tokens of runs of which some (at least one) are ``known`` already.
+    """All new tokens of runs, of which the first, at least one each, are already ``known``.
 
-    Rows end with their end-of-sequence token, after ``max_new_tokens``, or where the context is full.
+    They end with the end token, after ``max_new_tokens``, or where the context is full.
     """
     eos, device = model.tokenizer.eos_token_id, slots.device
     room = (model.cfg.n_ctx - 1 - start.prefix.lengths[prompts]).clamp(max=max_new_tokens).tolist()
@@ -177,10 +158,12 @@ def go_on(
     if not going:
         return out
     tokens, real = (t.to(device) for t in pad_right([out[run] for run in going], 0))
-    kept = _Kept.of(start, slots[going], prompts[going], tokens.shape[1] + ROOM)
+    prompts, room_made = prompts[going], tokens.shape[1] + ROOM
+    past = (start.past(layer, slots[going], prompts) for layer in range(len(start.layers)))
+    layers = [_widened(keys, room_made) for keys in past]
     done = torch.ones(len(going), dtype=torch.long, device=device)  # tokens kept, the prompt's last one
     while True:
-        final = kept.extend(model, tokens, done)
+        final = _extend(model, start.prefix, prompts, layers, tokens, done)
         last = real.sum(1) - 1
         new = next_tokens(model, final[torch.arange(len(going), device=device), last])
         for run, token in zip(going, new.tolist(), strict=True):
@@ -193,7 +176,8 @@ def go_on(
         done = done + (last + 1) * torch.tensor([open_ended(run) for run in going], device=device)
         if len(alive) <= SPARSE * len(going):  # copying costs more than a few idle rows
             rows = torch.tensor([row for row, run in enumerate(going) if open_ended(run)], device=device)
-            kept, done, new, going = kept.of_rows(rows), done[rows], new[rows], alive
+            prompts, layers = prompts[rows], [keys.of(rows) for keys in layers]
+            done, new, going = done[rows], new[rows], alive
         tokens, real = new[:, None], torch.ones_like(new, dtype=torch.bool)[:, None]
 
 
@@ -209,106 +193,76 @@ def complete(
     max_new_tokens: int,
     memory_gb: float | None = None,
 ) -> Completed:
-    """Which of the likely answers each run gives in full, and the tokens of its answer.
+    """The first draft that each run gives in full, and the tokens of its answer.
 
-    Args:
-        model: the model.
-        start: the runs' last prompt tokens.
-        drafts: sets of likely answers, each with one per prompt, an end token included.
-        slots: of each run, ascending.
-        prompts: of each run.
-        finish: decode what no draft explains; otherwise it has no tokens.
-        max_new_tokens: where an answer that does not end is cut.
-        memory_gb: as in :func:`bkdlens.engines.generate.decode`.
+    ``slots`` are ascending. What no draft explains has tokens only where it is decoded, for ``finish``.
     """
     device, longest = slots.device, start.prefix.layers[0].at.shape[1]
     at_once = partial(runs_at_once, model, longest, memory_gb=memory_gb)
     first = start.first[slots, prompts]
     choice = torch.full_like(slots, -1)
-    # Of what no draft explains in full: the draft that goes furthest, how far, and what comes then.
+    # The draft that a run agrees with longest, how long, and the token that follows.
     nearest, agreed, following = torch.full_like(slots, -1), torch.zeros_like(slots), first.clone()
     for number, draft in enumerate(drafts):
         lengths = torch.tensor([len(answer) for answer in draft], device=device)
         begins = torch.tensor([answer[0] if answer else -1 for answer in draft], device=device)
-        # The first token is known already, and most runs that say something else differ there.
+        # The first token is already known, and most runs that give another answer differ there.
         likely = ((choice < 0) & (first == begins[prompts])).nonzero()[:, 0]
         for runs in likely.split(at_once(max(1, int(lengths.max())))):
-            same, after = follow(model, start, draft, slots[runs], prompts[runs])
-            whole = same == lengths[prompts[runs]]
+            agrees, after = follow(model, start, draft, slots[runs], prompts[runs])
+            whole = agrees == lengths[prompts[runs]]
             choice[runs[whole]] = number
-            better = ~whole & (same > agreed[runs])
-            agreed[runs[better]], following[runs[better]] = same[better], after[better]
-            nearest[runs[better]] = number
-    tokens: list[Sequence[int]] = [
-        drafts[number][p] if number >= 0 else ()
-        for number, p in zip(choice.tolist(), prompts.tolist(), strict=True)
+            better = whole | (agrees > agreed[runs])
+            closer = runs[better]
+            nearest[closer], agreed[closer], following[closer] = number, agrees[better], after[better]
+    begun = [
+        drafts[number][prompt][:n] if n else ()
+        for number, prompt, n in zip(*(t.tolist() for t in (nearest, prompts, agreed)), strict=True)
     ]
+    tokens = [answer if n >= 0 else () for answer, n in zip(begun, choice.tolist(), strict=True)]
     if finish:
+        next_token = following.tolist()
         left = (choice < 0).nonzero()[:, 0]
-        left = left[agreed[left].argsort(stable=True)]  # runs of one batch have said about as much
+        left = left[agreed[left].argsort(stable=True)]  # a batch's runs are about as far
         for runs in left.split(at_once(max(1, max_new_tokens), kept_layers=model.cfg.n_layers)):
-            known = [
-                [*(drafts[draft][prompt][:n] if n else ()), token]
-                for draft, prompt, n, token in zip(
-                    *(t[runs].tolist() for t in (nearest, prompts, agreed, following)), strict=True
-                )
-            ]
+            known = [[*begun[run], next_token[run]] for run in runs.tolist()]
             new = go_on(model, start, slots[runs], prompts[runs], known, max_new_tokens)
             for run, answer in zip(runs.tolist(), new, strict=True):
                 tokens[run] = answer
-    return Completed(choice.tolist(), tokens)
+    return choice.tolist(), tokens
 
 
-@dataclass(frozen=True, eq=False)
-class _Kept:
-    """Keys and values of runs' own tokens by layer, the last prompt token first, with room for more.
+def _widened(keys: Keys, room: int) -> Keys:
+    """The keys, and empty places for the tokens behind them."""
+    empty = keys.keys.new_zeros(*keys.keys.shape[:2], room, keys.keys.shape[3])
+    at = keys.at[:, -1:] + 1 + torch.arange(room, device=keys.at.device)
+    return keys.then(Keys(empty, empty, at))
 
-    They are written in place, and replaced where the room is full: copying all for every new token
-    would cost more than the token.
+
+def _extend(
+    model: HookedTransformer,
+    prefix: Prefix,
+    prompts: Index,
+    layers: list[Keys],
+    tokens: Int[Tensor, "run pos"],
+    done: Index,
+) -> Float[Tensor, "run pos d_model"]:
+    """The final residual stream of more tokens, behind ``done`` tokens of each run that have keys.
+
+    ``layers`` are these keys, with room for more, and take the new ones in place: copying all for every
+    new token would cost more than the token. Places that are not filled yet lie behind every query.
     """
+    column = done[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    place = torch.arange(len(column), device=tokens.device)[:, None], slice(None), column
+    at, groups, width = prefix.lengths[prompts, None] + column, Groups.of(prompts), int(column.max()) + 1
+    resid = embed(model, tokens, at)
+    for layer, (block, far) in enumerate(zip(model.blocks, prefix.layers, strict=True)):
+        if width > layers[layer].at.shape[1]:
+            layers[layer] = _widened(layers[layer], width)
 
-    prefix: Prefix
-    prompts: Index  # of each run
-    keys: list[Float[Tensor, "run kv_head place d_head"]]
-    values: list[Float[Tensor, "run kv_head place d_head"]]
+        def put(new: Keys, kept: Keys = layers[layer]) -> Keys:
+            kept.keys[place], kept.values[place] = new.keys.transpose(1, 2), new.values.transpose(1, 2)
+            return Keys(kept.keys[:, :, :width], kept.values[:, :, :width], kept.at[:, :width])
 
-    @classmethod
-    def of(cls, start: LastToken, slots: Index, prompts: Index, room: int) -> _Kept:
-        """The last prompt token of some runs, and empty places behind it."""
-        past = [start.past(layer, slots, prompts) for layer in range(len(start.layers))]
-
-        def widened(first: Tensor) -> Tensor:
-            return torch.cat([first, first.new_zeros(*first.shape[:2], room, first.shape[3])], dim=2)
-
-        keys, values = [widened(p.keys) for p in past], [widened(p.values) for p in past]
-        return cls(start.prefix, prompts, keys, values)
-
-    def of_rows(self, rows: Int[Tensor, " row"]) -> _Kept:
-        """Some of the runs."""
-        keys, values = ([t[rows] for t in side] for side in (self.keys, self.values))
-        return _Kept(self.prefix, self.prompts[rows], keys, values)
-
-    def put(self, new: Keys, layer: int, place: tuple, at: Int[Tensor, "run _"]) -> Keys:
-        """Write new keys of a layer at their place; all that the runs see of their own, ``at`` where."""
-        width = at.shape[1]
-        for side, added in ((self.keys, new.keys), (self.values, new.values)):
-            if width > side[layer].shape[2]:
-                side[layer] = torch.cat([side[layer], torch.zeros_like(side[layer])], dim=2)
-            side[layer][place] = added.transpose(1, 2)
-        return Keys(self.keys[layer][:, :, :width], self.values[layer][:, :, :width], at)
-
-    def extend(
-        self, model: HookedTransformer, tokens: Int[Tensor, "run pos"], done: Index
-    ) -> Float[Tensor, "run pos d_model"]:
-        """Run more tokens, behind ``done`` tokens of each run's own; the final residual stream."""
-        device, lengths = tokens.device, self.prefix.lengths[self.prompts, None]
-        column = done[:, None] + torch.arange(tokens.shape[1], device=device)
-        # A place that a run has not filled yet lies behind all its queries, which do not see it.
-        near_at = lengths + torch.arange(int(column.max()) + 1, device=device)
-        place = torch.arange(len(column), device=device)[:, None], slice(None), column
-        at, groups = lengths + column, Groups.of(self.prompts)
-        resid = embed(model, tokens, at)
-        for layer, block in enumerate(model.blocks):
-            put = partial(self.put, layer=layer, place=place, at=near_at)
-            resid = run_block(block, resid, at, self.prefix.layers[layer], groups, near=put)
-        return resid
+        resid = run_block(block, resid, at, far, groups, near=put)
+    return resid

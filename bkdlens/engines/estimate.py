@@ -3,10 +3,9 @@
 Source: Nanda (2023), Attribution Patching; Kramár et al. (2024), AtP*. The effect of replacing an
 activation ``a`` by ``a'`` at the last prompt token is estimated as ``(a' - a) · ∂ log P / ∂ a``. Keys
 and values before that token do not depend on it, so the backward pass covers the answer alone: about
-P + 3T token passes per pair with P prompt and T answer tokens, whatever the number of heads.
-
-The estimate is blind where the gradient is: at a saturated softmax, and for effects that need a large
-step. :mod:`bkdlens.engines.sweep` has the exact numbers.
+P + 3T token passes per pair with P prompt and T answer tokens, whatever the number of heads. It is blind
+where the gradient is, at a saturated softmax, and for effects that need a large step; the numbers of
+:mod:`bkdlens.engines.sweep` are exact.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from bkdlens.data.prompts import Answer, Prompt
-from bkdlens.engines.block import Groups, embed, keep, log_probs, precise, run_block, supported
+from bkdlens.engines.block import embed, log_probs, precise, run_kept, supported
 from bkdlens.engines.hooks import Patch, check_patches, refuse_foreign_hooks
 from bkdlens.engines.prefix import Forced, Prefix, prefixes
 from bkdlens.engines.sweep import SweepScores
@@ -40,13 +39,7 @@ def estimate(
     memory_gb: float | None = None,
     progress: bool = False,
 ) -> SweepScores:
-    """The scores of :func:`bkdlens.engines.sweep.sweep_patches` to first order, cut at probability 1.
-
-    The untouched scores are exact. The arguments are those of the sweep.
-
-    Raises:
-        HookError: for an architecture that :mod:`bkdlens.engines.block` does not know.
-    """
+    """``sweep_patches`` to first order, cut at probability 1; the untouched scores are exact."""
     refuse_foreign_hooks(model)
     check_patches(model, patches, len(prompts))
     if not supported(model):
@@ -54,13 +47,13 @@ def estimate(
             f"Attribution patching does not know {model.cfg.original_architecture or 'this model'}; "
             "use method='exact'."
         )
-    device, dtype = model.W_E.device, precise(model.cfg.dtype)
-    out = torch.full((2, len(prompts), 1 + len(patches)), torch.nan, device=device, dtype=dtype)
+    shape, dtype = (2, len(prompts), 1 + len(patches)), precise(model.W_E.dtype)
+    out = model.W_E.new_full(shape, torch.nan, dtype=dtype)
     tails = [answer.n_scored for answer in answers]
-    # The backward pass needs what every layer computed: as much memory as three runs for each of them.
-    n_runs, bar = 3 * model.cfg.n_layers, "attribution patching" if progress else None
-    for rows, _, prefix in prefixes(model, prompts, tails, n_runs, memory_gb, bar=bar):
-        scored = [answers[i].ids[: answers[i].n_scored] for i in rows]
+    # The backward pass needs what every layer computed: as much memory as three runs per layer.
+    n_runs, bar = 3 * model.cfg.n_layers, "attribution patching"
+    for rows, _, prefix in prefixes(model, prompts, n_runs, memory_gb, bar, progress, tails=tails):
+        scored = [answers[i].scored for i in rows]
         batch_patches = [patch.of(rows) for patch in patches]
         # The first token's probability has a slope of its own: that of an answer of one token.
         for which, forced in enumerate((scored, [ids[:1] for ids in scored])):
@@ -75,18 +68,16 @@ def _slopes(
     model: HookedTransformer, prefix: Prefix, answers: Sequence[Sequence[int]]
 ) -> tuple[Float[Tensor, " prompt"], Slopes]:
     """Log probability per token of forced answers, and its gradients at the last prompt token."""
-    forced, runs = Forced.of(prefix, answers), torch.arange(len(prefix), device=prefix.last.device)
-    scored, groups = forced.scored, Groups.of(runs)  # one run per prompt
-    kept, touch = keep("z", "result", "attn_out", "mlp_out")
+    forced, sites = Forced.of(prefix, answers), ("z", "result", "attn_out", "mlp_out")
+    scored, at = forced.scored, forced.at
     with torch.enable_grad():
-        # The weights want no gradients, so a graph begins here; the prefix stays outside of it.
-        resid = embed(model, forced.inputs, forced.at).detach().requires_grad_()
-        for block, far in zip(model.blocks, prefix.layers, strict=True):
-            resid = run_block(block, resid, forced.at, far, groups, touch=touch, in_place=False)
-        probs = torch.zeros(scored.shape, device=runs.device, dtype=precise(resid.dtype))
+        # Weights get no gradients, so the graph begins here; the prefix stays outside it.
+        resid = embed(model, forced.inputs, at).detach().requires_grad_()
+        resid, kept = run_kept(model, resid, at, prefix.layers, sites)
+        probs = torch.zeros(scored.shape, device=at.device, dtype=precise(resid.dtype))
         each = log_probs(model, resid[scored], forced.targets[scored])
         whole = probs.masked_scatter(scored, each).sum(1) / scored.sum(1)
-        # Prompts do not see each other, so the sum's gradient is each one's own.
+        # Prompts do not see each other, so the gradient of the sum holds that of each.
         gradients = iter(torch.autograd.grad(whole.sum(), [v for site in kept.values() for v in site]))
     slopes = {
         site: [(value.detach()[:, 0], next(gradients)[:, 0]) for value in values]
@@ -100,7 +91,7 @@ def _first_order(model: HookedTransformer, slopes: Slopes, patch: Patch) -> Floa
     now, slope = slopes[patch.site][patch.layer]
     if patch.site == "z":
         now, slope = now[:, patch.head], slope[:, patch.head]
-    elif patch.site == "result":  # heads are summed, so the sum's slope is that of each
+    elif patch.site == "result":  # heads are summed, so the slope of the sum is that of each
         z, _ = slopes["z"][patch.layer]
         now = z[:, patch.head] @ model.blocks[patch.layer].attn.W_O[patch.head]
     return ((patch.value.to(now) - now) * slope).sum(-1)

@@ -1,9 +1,9 @@
-"""Greedy decoding under an intervention that touches the prefill's last token only.
+"""Greedy decoding under an intervention that changes the prefill's last token only.
 
-:func:`generate` is the everyday function: it decodes on the model as it stands, hooks of a surrounding
-context included. :func:`decode` and :func:`evaluate` run many interventions on many prompts: the
-prompts' prefixes are run once, likely answers are verified in one parallel pass, and only what no
-likely answer explains is decoded token by token. What comes out is identical to plain greedy decoding.
+:func:`generate` decodes on the model as it stands, hooks of a surrounding context included.
+:func:`decode` and :func:`evaluate` run many interventions on many prompts: prefixes are run once, likely
+answers are verified in one parallel pass, and only what no likely answer explains is decoded token by
+token. The answers are identical to plain greedy decoding's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from bkdlens.data.pairs import PairSet
-from bkdlens.data.prompts import Answer, Prompt, PromptFormat, encode_answer, encode_prompt
+from bkdlens.data.prompts import Answer, Prompt, PromptFormat, encode_answer, encode_prompts
 from bkdlens.engines import reference
 from bkdlens.engines.block import supported
 from bkdlens.engines.decode import Completed, Drafts, complete, run_last_token
@@ -40,7 +40,7 @@ def generate(
     """Answer prompts greedily, under whatever hooks are on the model.
 
     Inside ``with bkdlens.steer(…)`` or ``with bkdlens.patched_heads(…)`` the intervention acts on the
-    last prompt token in the prefill, as everywhere.
+    last prompt token, in the prefill only.
 
     Args:
         model: from :func:`bkdlens.load`.
@@ -49,7 +49,7 @@ def generate(
         max_new_tokens: where an answer that does not end is cut.
 
     Returns:
-        The answer, or a list of answers in the prompts' order.
+        The answer to one text, or a list of answers in the prompts' order.
 
     Raises:
         DataError: for a prompt longer than the context.
@@ -61,7 +61,7 @@ def generate(
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     fmt = fmt or PromptFormat.default(model.tokenizer)
-    encoded = [encode_prompt(model.tokenizer, text, fmt, n_ctx=model.cfg.n_ctx) for text in texts]
+    encoded = encode_prompts(model, texts, fmt)
     answers = [_text(model, ids) for ids in reference.greedy(model, encoded, max_new_tokens)]
     return answers[0] if isinstance(prompts, str) else answers
 
@@ -73,15 +73,10 @@ def _text(model: HookedTransformer, ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """Greedy answers of every prompt under every intervention.
+    """Greedy answers of every prompt under every intervention."""
 
-    Attributes:
-        choice: the number of the guess that the answer is, the first if there are several; -1 for none.
-        texts: the answers that no guess is, by intervention and prompt, where they were decoded.
-    """
-
-    choice: Int[Tensor, "intervention prompt"]
-    texts: dict[tuple[int, int], str]
+    choice: Int[Tensor, "intervention prompt"]  # the number of the first guess that is the answer, or -1
+    texts: dict[tuple[int, int], str]  # the other answers by (intervention, prompt), where decoded
 
 
 @torch.no_grad()
@@ -98,36 +93,32 @@ def decode(
 ) -> Decoded:
     """Greedy answers of every prompt under every intervention.
 
-    A guess is verified when every next-token argmax along it, its end token included, is its own:
-    then, and only then, greedy decoding gives exactly that answer. The untouched model's own answer is
-    one more guess for the interventions.
+    A guess is verified when every next-token argmax along it, up to its end token, is the guess' own:
+    then, and only then, greedy decoding gives exactly that answer. The untouched model's answer is one
+    more guess for the interventions.
 
     Args:
-        model: from :func:`bkdlens.load`, with nobody's hooks on it.
+        model: from :func:`bkdlens.load`, without hooks.
         prompts: the prompts.
         interventions: each is run on every prompt.
-        guesses: sets of likely answers, each with one per prompt (the backdoor's, the right one).
+        guesses: sets of likely answers, each with one per prompt (the backdoor's, the correct one).
         finish: decode what no guess explains (else only the choice is known).
         max_new_tokens: where an answer that does not end is cut.
-        memory_gb: the most memory beside the model; batches are as large as it allows. 2 GB for None
-            on a CPU, 80 % of what is free on a GPU.
+        memory_gb: the most memory beside the model; for None 2 GB on a CPU, 80 % of the free on a GPU.
         progress: whether to show a progress bar.
 
     Returns:
-        ``choice`` ``[intervention prompt]``, numbers of guesses or -1, and the other answers'
-        ``texts``.
+        ``choice`` ``[intervention prompt]``, numbers of guesses or -1, and the other answers' ``texts``.
 
     Raises:
-        HookError: for values that were made for other prompts, or for somebody's hooks on the model.
+        HookError: for values that were made for other prompts, or for hooks on the model.
         BkdlensError: for a memory budget that is not positive.
 
     Examples:
-        >>> from bkdlens.data.prompts import encode_prompt
-        >>> prompts = [encode_prompt(model.tokenizer, text, cache.fmt) for text in test.triggered[:4]]
+        >>> from bkdlens.data.prompts import encode_prompts
+        >>> prompts = encode_prompts(model, test.triggered[:4], cache.fmt)
         >>> push = bkdlens.Vector("resid_pre", 2, -vector.direction)
-        >>> both = [bkdlens.Intervention(), bkdlens.Intervention(vectors=(push,))]
-        >>> decoded = bkdlens.decode(model, prompts, both, guesses=[])
-        >>> steered = decoded.texts[1, 0]
+        >>> steered = bkdlens.decode(model, prompts, [bkdlens.Intervention(vectors=(push,))], [])
     """
     refuse_foreign_hooks(model)
     check_values(interventions, len(prompts))
@@ -136,54 +127,52 @@ def decode(
         return _compared(model, tokens, guesses)
     choice = torch.full((len(interventions), len(prompts)), -1)
     texts: dict[tuple[int, int], str] = {}
+
+    def record(answers: Completed, rows: Sequence[int], slots: Sequence[Sequence[int]]) -> None:
+        """Write down runs' answers, slot by slot, for the interventions that each slot stands for."""
+        for run, (guess, tokens) in enumerate(zip(*answers, strict=True)):
+            for i in slots[run // len(rows)]:
+                place = i, rows[run % len(rows)]
+                if 0 <= guess < len(guesses):
+                    choice[place] = guess
+                elif finish:
+                    texts[place] = _text(model, tokens)
+
     first_layers = {i: intervention.first_layer for i, intervention in enumerate(interventions)}
     idle = [i for i, layer in first_layers.items() if layer is None]
     acting = sorted((i for i in first_layers if i not in idle), key=lambda i: first_layers[i] or 0)
-    answers = partial(complete, model, finish=finish, max_new_tokens=max_new_tokens, memory_gb=memory_gb)
-    tails, layers, bar = [1] * len(prompts), model.cfg.n_layers, "decoding" if progress else None
-    work = prefixes(model, prompts, tails, len(acting), memory_gb, bar=bar, kept_layers=layers)
+    answer = partial(complete, model, finish=finish, max_new_tokens=max_new_tokens, memory_gb=memory_gb)
+    kept_layers, n_runs = model.cfg.n_layers, len(acting)
+    work = prefixes(model, prompts, n_runs, memory_gb, "decoding", progress, kept_layers=kept_layers)
     for rows, size, prefix in work:
-        drafts: list[Drafts] = [[guess[i].ids for i in rows] for guess in guesses]
         n = len(rows)
-
-        def record(completed: Completed, named: Sequence[Sequence[int]], rows: list[int] = rows) -> None:
-            """Write down runs' answers, slot by slot; ``named`` are a slot's interventions."""
-            for run, (guess, tokens) in enumerate(zip(*completed, strict=True)):
-                prompt = rows[run % len(rows)]
-                for i in named[run // len(rows)]:
-                    if 0 <= guess < len(guesses):
-                        choice[i, prompt] = guess
-                    elif finish:
-                        texts[i, prompt] = _text(model, tokens)
-
-        for at in range(0, max(1, len(acting)), max(1, size)):
-            chunk = acting[at : at + max(1, size)]
+        drafts: list[Drafts] = [[guess[i].ids for i in rows] for guess in guesses]
+        for at in range(0, max(1, n_runs), size):
+            chunk = acting[at : at + size]
             start = run_last_token(model, prefix, [interventions[i] for i in chunk], rows)
             runs = torch.arange((1 + len(chunk)) * n, device=start.first.device)
             slots, batch_prompts = runs // n, runs % n
             if at == 0 and (idle or finish):
-                untouched = answers(start, drafts, slots[:n], batch_prompts[:n])
-                record(untouched, [idle])
-                # Where it is no guess already, it is one more for the interventions.
+                untouched = answer(start, drafts, slots[:n], batch_prompts[:n])
+                record(untouched, rows, [idle])
+                # Unless it is a guess already, it is one more for the interventions.
                 drafts.append([() if guess >= 0 else new for guess, new in zip(*untouched, strict=True)])
-            record(answers(start, drafts, slots[n:], batch_prompts[n:]), [[i] for i in chunk])
+            record(answer(start, drafts, slots[n:], batch_prompts[n:]), rows, [[i] for i in chunk])
     return Decoded(choice, texts)
 
 
 def _compared(
-    model: HookedTransformer,
-    tokens: Sequence[Sequence[Sequence[int]]],
-    guesses: Sequence[Sequence[Answer]],
+    model: HookedTransformer, tokens: list[list[list[int]]], guesses: Sequence[Sequence[Answer]]
 ) -> Decoded:
-    """Whole answers, ``[intervention][prompt]`` without end tokens, held against the guesses."""
+    """Whole answers, ``[intervention][prompt]`` without end tokens, compared with the guesses."""
     eos = model.tokenizer.eos_token_id
     choice = torch.full((len(tokens), len(tokens[0]) if tokens else 0), -1)
     texts = {}
     for i, row in enumerate(tokens):
         for p, new in enumerate(row):
-            same = [[t for t in guess[p].ids if t != eos] == list(new) for guess in guesses]
-            if any(same):
-                choice[i, p] = same.index(True)
+            equal = [[t for t in guess[p].ids if t != eos] == list(new) for guess in guesses]
+            if any(equal):
+                choice[i, p] = equal.index(True)
             else:
                 texts[i, p] = _text(model, new)
     return Decoded(choice, texts)
@@ -191,15 +180,10 @@ def _compared(
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """Greedy answers, judged.
+    """Greedy answers, judged."""
 
-    Attributes:
-        attack: whether the attack succeeded, by the backdoor's own criterion.
-        correct: whether the right answer came back.
-    """
-
-    attack: Bool[Tensor, "intervention pair"]
-    correct: Bool[Tensor, "intervention pair"]
+    attack: Bool[Tensor, "intervention pair"]  # success, by the backdoor's own criterion
+    correct: Bool[Tensor, "intervention pair"]  # whether the answer is the clean output
 
 
 def evaluate(
@@ -216,19 +200,18 @@ def evaluate(
 ) -> Outcomes:
     """Greedy answers to the clean, triggered or near prompts, judged.
 
-    What is one exact answer is judged without decoding the rest; where a success is the absence of a
-    refusal, the rest is decoded.
+    Where success is one exact answer, nothing else is decoded to its end; where it is the absence of a
+    refusal, everything is.
 
     Args:
-        model: from :func:`bkdlens.load`, with nobody's hooks on it.
+        model: from :func:`bkdlens.load`, without hooks.
         pairs: the prompts, and the answers that they are judged by.
         interventions: each is run on every prompt; the model as it is by default.
         on: the prompts that are answered.
         only_correct: decode nothing for ``attack``, which then counts exact answers alone.
         fmt: how a prompt is rendered; the chat template where there is one.
-        max_new_tokens: where an answer that does not end is cut; longer ones are compared on so many.
-        memory_gb: the most memory beside the model; batches are as large as it allows. 2 GB for None
-            on a CPU, 80 % of what is free on a GPU.
+        max_new_tokens: where every answer, generated or compared with, is cut.
+        memory_gb: the most memory beside the model; for None 2 GB on a CPU, 80 % of the free on a GPU.
         progress: whether to show a progress bar.
 
     Returns:
@@ -236,7 +219,7 @@ def evaluate(
 
     Raises:
         DataError: for prompts that do not fit the context, or near prompts that the pairs lack.
-        HookError: for values that were made for other prompts, or for somebody's hooks on the model.
+        HookError: for values that were made for other prompts, or for hooks on the model.
         BkdlensError: for a memory budget that is not positive.
 
     Examples:
@@ -244,29 +227,25 @@ def evaluate(
         >>> correct = bkdlens.Rate.of(outcomes.correct[0])
     """
     fmt = fmt or PromptFormat.default(model.tokenizer)
-    n_ctx, tokenizer = model.cfg.n_ctx, model.tokenizer
-    prompts = [encode_prompt(tokenizer, text, fmt, n_ctx=n_ctx) for text in pairs.texts(on)]
-    encode = partial(encode_answer, tokenizer, fmt=fmt, n_ctx=n_ctx, max_tokens=max_new_tokens)
+    prompts = encode_prompts(model, pairs.texts(on), fmt)
+    n_ctx = model.cfg.n_ctx
+    encode = partial(encode_answer, model.tokenizer, fmt=fmt, n_ctx=n_ctx, max_tokens=max_new_tokens)
     answers = [pairs.backdoor_outputs, pairs.clean_outputs]
     guesses = [[encode(*each) for each in zip(prompts, side, strict=True)] for side in answers]
-    decoded = decode(
-        model,
-        prompts,
-        interventions,
-        guesses,
-        finish=not (pairs.backdoor.exact or only_correct),
-        max_new_tokens=max_new_tokens,
-        memory_gb=memory_gb,
-        progress=progress,
-    )
+    finish = not (pairs.backdoor.exact or only_correct)
+    run = partial(decode, model, finish=finish, memory_gb=memory_gb, progress=progress)
+    decoded = run(prompts, interventions, guesses, max_new_tokens=max_new_tokens)
     attack = torch.zeros_like(decoded.choice, dtype=torch.bool)
     correct = torch.zeros_like(attack)
-    for p, pair in enumerate(pairs):
-        for guess, side in enumerate(answers):
-            same = decoded.choice[:, p] == guess
-            attack[same, p] = pairs.backdoor.succeeded(side[p], pair)
-            correct[same, p] = side[p].strip() == pair.clean_output.strip()
-    for (i, p), text in decoded.texts.items():
-        attack[i, p] = pairs.backdoor.succeeded(text, pairs[p])
-        correct[i, p] = text.strip() == pairs[p].clean_output.strip()
+
+    def judge(where: tuple[Tensor | int, int], text: str) -> None:
+        pair = pairs[where[1]]
+        attack[where] = pairs.backdoor.succeeded(text, pair)
+        correct[where] = text.strip() == pair.clean_output.strip()
+
+    for guess, side in enumerate(answers):
+        for p, text in enumerate(side):
+            judge((decoded.choice[:, p] == guess, p), text)
+    for where, text in decoded.texts.items():
+        judge(where, text)
     return Outcomes(attack, correct)

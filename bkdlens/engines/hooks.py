@@ -1,8 +1,7 @@
 """Interventions as data, and the pure hook factories that carry them out.
 
 An :class:`Intervention` says what happens at the last prompt token, in the prefill only (the paper's
-intervention point). The factories below turn activations at that one position; the engines decide
-where that position is in their batch.
+intervention point); where that token is in a batch, the engines decide.
 """
 
 from __future__ import annotations
@@ -32,11 +31,7 @@ class Vector:
     Attributes:
         site: ``"resid_pre"`` or ``"attn_out"``.
         layer: from 0.
-        value: shared by all prompts, or one for each; in units of the residual stream.
-
-    Examples:
-        >>> push = bkdlens.Vector("resid_pre", 1, vector.direction)
-        >>> outcomes = bkdlens.evaluate(model, test[:4], [bkdlens.Intervention(vectors=(push,))])
+        value: shared by all prompts, or one per prompt; in units of the residual stream.
     """
 
     site: VectorSite
@@ -46,21 +41,15 @@ class Vector:
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """What is done to the last prompt token: heads whose ``z`` is set, and vectors that are added.
-
-    The empty intervention is the model as it is.
+    """What is done to the last prompt token; the empty intervention leaves the model as it is.
 
     Attributes:
         heads: those whose activation is set.
-        z: what it is set to, in the heads' order; shared by all prompts, or one for each.
-        vectors: what is added, each at its own layer.
+        z: what it is set to, in the heads' order; shared by all prompts, or one per prompt.
+        vectors: what is added, each in its own layer.
 
     Raises:
         HookError: for heads without values, or values without heads.
-
-    Examples:
-        >>> silent = bkdlens.Intervention(tuple(heads.top(2)), torch.zeros(2, model.cfg.d_head))
-        >>> outcomes = bkdlens.evaluate(model, test[:4], [silent])
     """
 
     heads: tuple[Head, ...] = ()
@@ -72,10 +61,14 @@ class Intervention:
             raise HookError("An intervention on heads needs both the heads and their values z.")
 
     @property
+    def layers(self) -> set[int]:
+        """The layers that are changed, from 0."""
+        return {head.layer for head in self.heads} | {vector.layer for vector in self.vectors}
+
+    @property
     def first_layer(self) -> int | None:
-        """The lowest layer that is touched, from 0; None for the empty intervention."""
-        layers = [head.layer for head in self.heads] + [v.layer for v in self.vectors]
-        return min(layers, default=None)
+        """The lowest layer that is changed, from 0; None for the empty intervention."""
+        return min(self.layers, default=None)
 
 
 NOTHING = Intervention()
@@ -88,15 +81,12 @@ class Patch:
     Attributes:
         site: ``"z"`` or ``"result"`` of a head, ``"attn_out"`` or ``"mlp_out"`` of a layer.
         layer: from 0.
-        value: the new activation, shared by all prompts or one for each.
+        value: the new activation, shared by all prompts, or one per prompt.
         head: from 0, for ``z`` and ``result``.
 
     Raises:
         ChoiceError: for another site.
-        HookError: for a head where the site has none, or none where it has one.
-
-    Examples:
-        >>> patch = bkdlens.Patch("z", 1, cache.mean_z("triggered")[1, 0], head=0)
+        HookError: for a head at a layer's site, or none at a head's.
     """
 
     site: PatchSite
@@ -110,74 +100,41 @@ class Patch:
             raise HookError(f"A patch of {self.site} takes {'a' if self.head is None else 'no'} head.")
 
     def of(self, rows: Sequence[int]) -> Patch:
-        """This patch for some of the prompts.
-
-        Args:
-            rows: their numbers.
-
-        Returns:
-            A patch with one value for each of these prompts, or itself where all share one.
-
-        Examples:
-            >>> patch = bkdlens.Patch("mlp_out", 0, cache.clean["mlp_out", 0][:, 0]).of([2, 0])
-        """
+        """This patch for the prompts with these numbers; itself where all prompts share its value."""
         return self if self.value.ndim == 1 else replace(self, value=self.value[list(rows)])
 
     def hook(self, position: int) -> tuple[str, HookFunction]:
-        """This patch as a TransformerLens hook on a batch of the prompts.
-
-        Args:
-            position: the index that is patched, the same in every row.
-
-        Returns:
-            The hook point's name and the function, for ``model.hooks(fwd_hooks=[…])``.
-
-        Examples:
-            >>> name, function = bkdlens.Patch("mlp_out", 0, torch.zeros(model.cfg.d_model)).hook(-1)
-        """
-        index: tuple[slice | int, ...] = (slice(None), position)
-        if self.head is not None:
-            index = (*index, self.head)
-
-        def hook(activation: Tensor, hook: Any) -> Tensor:
-            activation = activation.clone()  # others may hold the one that was computed
-            activation[index] = self.value.to(activation)
-            return activation
-
-        return get_act_name(self.site, self.layer), hook
+        """This patch of all a batch's prompts at one index, for ``model.hooks(fwd_hooks=[…])``."""
+        return get_act_name(self.site, self.layer), change_at(position, self.value.to, self.head)
 
 
-# What can be done to one prompt at any of its tokens.
+# What can be done to one prompt, at any of its tokens.
 Change: TypeAlias = Intervention | Sequence[Patch]
 
 
 def change_hooks(model: HookedTransformer, change: Change, at: int) -> Hooks:
-    """The hooks of a change of one prompt's token ``at``."""
+    """The hooks that change token ``at`` of one prompt."""
     if isinstance(change, Intervention):
         return intervention_hooks(model, [change], 1, at)
     return [patch.hook(at) for patch in change]
 
 
 def from_end(n: int, position: int) -> int:
-    """The index of a position that is counted from the end of ``n`` tokens.
-
-    Raises:
-        HookError: if it is outside.
-    """
+    """The index of a position that is counted from the end of ``n`` tokens."""
     if not -n <= position <= -1:
         raise HookError(f"Position {position} is not in a prompt of {n} tokens; give -1 to -{n}.")
     return n + position
 
 
 def check_values(interventions: Sequence[Intervention], n_prompts: int) -> None:
-    """Raise a ``HookError`` unless values with a prompt axis have one entry for each prompt."""
+    """Raise a ``HookError`` unless values with a prompt axis have one entry per prompt."""
     values = [i.z for i in interventions if i.z is not None and i.z.ndim == 3]
     values += [v.value for i in interventions for v in i.vectors if v.value.ndim == 2]
     for value in values:
         if value.shape[0] != n_prompts:
             raise HookError(
                 f"An intervention has values for {value.shape[0]} prompts and {n_prompts} are run; "
-                "give one value for all, or one for each."
+                "give one value for all, or one per prompt."
             )
 
 
@@ -186,8 +143,7 @@ def check_patches(model: HookedTransformer, patches: Sequence[Patch], n_prompts:
     cfg = model.cfg
     for patch in patches:
         width = cfg.d_head if patch.site == "z" else cfg.d_model
-        head = 0 if patch.head is None else patch.head
-        if not (0 <= patch.layer < cfg.n_layers and 0 <= head < cfg.n_heads):
+        if not (0 <= patch.layer < cfg.n_layers and 0 <= (patch.head or 0) < cfg.n_heads):
             raise HookError(
                 f"A patch of layer {patch.layer}, head {patch.head} does not fit: this model has layers "
                 f"0 to {cfg.n_layers - 1} with heads 0 to {cfg.n_heads - 1}."
@@ -195,108 +151,92 @@ def check_patches(model: HookedTransformer, patches: Sequence[Patch], n_prompts:
         if tuple(patch.value.shape) not in ((width,), (n_prompts, width)):
             raise HookError(
                 f"A patch of {patch.site} has a value of shape {list(patch.value.shape)}; give "
-                f"[{width}] for all prompts, or [{n_prompts}, {width}] with one for each."
+                f"[{width}] for all prompts, or [{n_prompts}, {width}] with one per prompt."
             )
+
+
+def change_at(
+    position: int, change: Callable[[Tensor], Tensor], head: int | None = None
+) -> HookFunction:
+    """A hook that replaces an activation at a position, of one head or whole, by ``change`` of it."""
+    index = (slice(None), position) if head is None else (slice(None), position, head)
+
+    def hook(activation: Tensor, hook: Any) -> Tensor:
+        activation = activation.clone()  # others may hold the one that was computed
+        activation[index] = change(activation[index])
+        return activation
+
+    return hook
 
 
 def set_heads(
     values: Float[Tensor, "batch head width"], mask: Bool[Tensor, "batch head"], position: int
 ) -> HookFunction:
     """On ``hook_z`` or ``hook_result``, ``[batch pos head width]``: set masked heads at ``position``."""
-
-    def hook(activation: Tensor, hook: Any) -> Tensor:
-        activation = activation.clone()
-        old = activation[:, position]
-        activation[:, position] = torch.where(mask[..., None], values.to(old.dtype), old)
-        return activation
-
-    return hook
+    chosen = mask[..., None]
+    return change_at(position, lambda old: torch.where(chosen, values.to(old.dtype), old))
 
 
-def add_vector(
-    value: Float[Tensor, "batch d_model"] | Float[Tensor, " d_model"], position: int
-) -> HookFunction:
+def add_vector(value: Float[Tensor, "*batch d_model"], position: int) -> HookFunction:
     """On a hook of shape ``[batch pos d_model]``: ``value`` is added at ``position``."""
-
-    def hook(activation: Tensor, hook: Any) -> Tensor:
-        activation = activation.clone()
-        activation[:, position] += value.to(activation.dtype)
-        return activation
-
-    return hook
+    return change_at(position, lambda old: old + value.to(old.dtype))
 
 
 def layer_hooks(
     model: HookedTransformer,
     interventions: Sequence[Intervention],
-    n_prompts: int,
+    rows: Sequence[int],
     layer: int,
     position: int,
-    *,
-    rows: Sequence[int] | None = None,
 ) -> list[tuple[str, HookFunction]]:
-    """One layer's hooks for ``len(interventions) * n_prompts`` runs, intervention by intervention.
+    """One layer's hooks for ``len(interventions) * len(rows)`` runs, intervention by intervention.
 
-    A value with a prompt axis has one entry for each prompt of the set it was made for; ``rows``
-    says which of these the batch's prompts are (all of them for None).
+    ``rows`` are the batch's prompts, among those for which an intervention has values.
     """
-    cfg, device = model.cfg, model.W_E.device
+    cfg, device, shape = model.cfg, model.W_E.device, (len(interventions), len(rows))
     hooks: list[tuple[str, HookFunction]] = []
-    n = len(interventions)
-    if rows is None:
-        check_values(interventions, n_prompts)
 
-    def spread(value: Tensor, width: int) -> Tensor:
-        """A value of ``width`` axes, with a prompt axis or without, for each prompt of the batch."""
-        value = value.to(device)
-        if value.ndim == width + 1 and rows is not None:
-            value = value[list(rows)]
-        return value.expand(n_prompts, *value.shape[-width:])
+    def of_rows(value: Tensor, ndim: int) -> Tensor:
+        """The rows' values, or the one of ``ndim`` axes that all prompts share."""
+        return value if value.ndim == ndim else value[list(rows)]
 
-    # One hook per site for all interventions, with a mask or a zero for those that leave it alone: a
-    # hook for each would clone the whole batch's activation every time.
+    # One hook per site for all interventions, with a mask or a zero for those that leave it alone:
+    # one hook per intervention would clone the whole batch's activation every time.
     if any(head.layer == layer for i in interventions for head in i.heads):
-        values = torch.zeros(n, n_prompts, cfg.n_heads, cfg.d_head, device=device, dtype=cfg.dtype)
-        mask = torch.zeros(n, 1, cfg.n_heads, device=device, dtype=torch.bool)
+        values = torch.zeros(*shape, cfg.n_heads, cfg.d_head, device=device, dtype=cfg.dtype)
+        mask = torch.zeros(*shape, cfg.n_heads, device=device, dtype=torch.bool)
         for i, intervention in enumerate(interventions):
             chosen = [k for k, head in enumerate(intervention.heads) if head.layer == layer]
             if chosen and intervention.z is not None:
                 index = [intervention.heads[k].head for k in chosen]
-                values[i][:, index] = spread(intervention.z[..., chosen, :], 2).to(values.dtype)
+                values[i][:, index] = of_rows(intervention.z[..., chosen, :], 2).to(values)
                 mask[i][:, index] = True
-        mask = mask.expand(-1, n_prompts, -1)
         patch = set_heads(values.flatten(0, 1), mask.flatten(0, 1), position)
         hooks.append((get_act_name("z", layer), patch))
-    for site in sorted({v.site for i in interventions for v in i.vectors if v.layer == layer}):
-        total = torch.zeros(n, n_prompts, cfg.d_model, device=device, dtype=cfg.dtype)
-        for i, intervention in enumerate(interventions):
-            for vector in intervention.vectors:
-                if (vector.site, vector.layer) == (site, layer):
-                    total[i] += spread(vector.value, 1).to(total.dtype)
+    vectors = [(i, v) for i, each in enumerate(interventions) for v in each.vectors if v.layer == layer]
+    for site in sorted({vector.site for _, vector in vectors}):
+        total = torch.zeros(*shape, cfg.d_model, device=device, dtype=cfg.dtype)
+        for i, vector in vectors:
+            if vector.site == site:
+                total[i] += of_rows(vector.value, 1).to(total)
         hooks.append((get_act_name(site, layer), add_vector(total.flatten(0, 1), position)))
     return hooks
 
 
 def intervention_hooks(
-    model: HookedTransformer,
-    interventions: Sequence[Intervention],
-    n_prompts: int,
-    position: int,
-    *,
-    rows: Sequence[int] | None = None,
+    model: HookedTransformer, interventions: Sequence[Intervention], n_prompts: int, position: int
 ) -> list[tuple[str, HookFunction]]:
-    """The hooks of :func:`layer_hooks` in every layer that is touched, ascending."""
-    touched = {head.layer for i in interventions for head in i.heads}
-    touched |= {vector.layer for i in interventions for vector in i.vectors}
+    """The hooks of :func:`layer_hooks` in every layer that is changed, ascending, for all prompts."""
+    check_values(interventions, n_prompts)
     return [
         hook
-        for layer in sorted(touched)
-        for hook in layer_hooks(model, interventions, n_prompts, layer, position, rows=rows)
+        for layer in sorted({layer for i in interventions for layer in i.layers})
+        for hook in layer_hooks(model, interventions, range(n_prompts), layer, position)
     ]
 
 
 def in_prefill(hook_function: HookFunction) -> HookFunction:
-    """The hook, kept away from decoding steps: it acts only where there is more than one position."""
+    """The hook for the prefill alone: it acts only on more than one position, not on decoding steps."""
 
     def hook(activation: Tensor, hook: Any) -> Tensor | None:
         return hook_function(activation, hook) if activation.shape[1] > 1 else None
@@ -309,15 +249,16 @@ def hooked(model: HookedTransformer, hooks: Hooks) -> Iterator[HookedTransformer
     """The model with hooks that are removed at the end, whatever happens.
 
     Raises:
-        HookError: at the end, if a hook never fired (an intervention that did nothing is a mistake),
-            or at the start, for a hook point that the model does not have.
+        HookError: for a hook that never fired, because an intervention that did nothing is a mistake,
+            and for a hook point that the model does not have.
     """
-    fired = [False] * len(hooks)
+    silent = {i: name for i, (name, _) in enumerate(hooks)}  # the hooks that have not acted
 
     def watch(index: int, function: HookFunction) -> HookFunction:
         def hook(activation: Tensor, hook: Any) -> Tensor | None:
             out = function(activation, hook=hook)
-            fired[index] = fired[index] or out is not None
+            if out is not None:
+                silent.pop(index, None)
             return out
 
         return hook
@@ -327,22 +268,21 @@ def hooked(model: HookedTransformer, hooks: Hooks) -> Iterator[HookedTransformer
             raise HookError(f"The model has no hook point {name!r}.")
     uses_result = model.cfg.use_attn_result
     if any(name.endswith("hook_result") for name, _ in hooks):
-        model.set_use_attn_result(True)  # the hook point is silent otherwise: it costs memory
+        model.set_use_attn_result(True)  # else TransformerLens skips the hook point, to save memory
     try:
         with model.hooks(fwd_hooks=[(n, watch(i, f)) for i, (n, f) in enumerate(hooks)]):
             yield model
     finally:
         model.set_use_attn_result(uses_result)
-    if not all(fired):
-        missing = ", ".join(name for (name, _), done in zip(hooks, fired, strict=True) if not done)
+    if silent:
         raise HookError(
-            f"The intervention at {missing} never acted; run the model on a prompt of at least two "
-            "tokens inside the context."
+            f"The intervention at {', '.join(silent.values())} never acted; run the model on a prompt "
+            "of at least two tokens inside the context."
         )
 
 
 def refuse_foreign_hooks(model: HookedTransformer) -> None:
-    """Raise a ``HookError`` if somebody's hooks are on the model: an engine would misplace them."""
+    """Raise a ``HookError`` if the model carries hooks, which an engine would misplace."""
     names = [name for name, point in model.hook_dict.items() if point.fwd_hooks]
     if names:
         raise HookError(

@@ -1,7 +1,6 @@
 """The slow, obvious way: TransformerLens' own forward over whole sequences, with registered hooks.
 
-It is the oracle of the engines, and what runs on architectures that :mod:`bkdlens.engines.block` does
-not know.
+It is the engines' oracle, and runs the architectures that :mod:`bkdlens.engines.block` does not know.
 """
 
 from __future__ import annotations
@@ -17,37 +16,20 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.utils import get_act_name
 
 from bkdlens.data.prompts import Answer, Prompt, pad_id, pad_left, pad_right
-from bkdlens.engines.hooks import (
-    Hooks,
-    Intervention,
-    Patch,
-    from_end,
-    hooked,
-    in_prefill,
-    intervention_hooks,
-)
+from bkdlens.engines.hooks import Intervention, Patch, from_end, hooked, in_prefill, intervention_hooks
 from bkdlens.metrics import sequence_log_prob, token_log_probs
 from bkdlens.progress import track
 
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """Prompts padded on the left and answers behind them on the right, on the model's device.
+    """Prompts padded on the left and answers padded on the right, on the model's device."""
 
-    Attributes:
-        tokens: prompts and all scored tokens of the answers but the last.
-        mask: which of these are no padding.
-        targets: the scored tokens of the answers.
-        scored: which of these are no padding.
-        last: the index of the last prompt token in ``tokens``, one for all because of the sides that
-            are padded.
-    """
-
-    tokens: Int[Tensor, "prompt pos"]
-    mask: Int[Tensor, "prompt pos"]
-    targets: Int[Tensor, "prompt target"]
-    scored: Bool[Tensor, "prompt target"]
-    last: int
+    tokens: Int[Tensor, "prompt pos"]  # prompts and all scored tokens of the answers but the last
+    mask: Int[Tensor, "prompt pos"]  # which tokens are not padding
+    targets: Int[Tensor, "prompt target"]  # the scored tokens of the answers
+    scored: Bool[Tensor, "prompt target"]  # which targets are not padding
+    last: int  # the index of every prompt's last token
 
     @classmethod
     def of(
@@ -56,23 +38,19 @@ class Padded:
         """The prompts with one answer each, or alone."""
         device, pad = model.W_E.device, pad_id(model.tokenizer)
         ids, real = pad_left([prompt.ids for prompt in prompts], pad)
-        rows = [()] * len(prompts) if answers is None else [a.ids[: a.n_scored] for a in answers]
+        rows = [()] * len(prompts) if answers is None else [answer.scored for answer in answers]
         targets, scored = pad_right(rows, pad)
         tokens = torch.cat([ids, targets[:, :-1]], dim=1).to(device)
         mask = torch.cat([real, scored[:, :-1]], dim=1).int().to(device)
         return cls(tokens, mask, targets.to(device), scored.to(device), ids.shape[1] - 1)
 
     def at(self, position: int) -> int:
-        """The index of a position that is counted from the prompts' end.
-
-        Raises:
-            HookError: if it is outside one of the prompts.
-        """
+        """The index of a position that is counted from the prompts' end and is inside all of them."""
         shortest = int(self.mask[:, : self.last + 1].sum(1).min())
         return self.last + 1 - shortest + from_end(shortest, position)
 
     def logits(self, model: HookedTransformer) -> Float[Tensor, "prompt pos d_vocab"]:
-        """One whole forward pass: logits from the last prompt token on, which predict the targets."""
+        """Logits of one whole forward pass from the last prompt token on, which predict the targets."""
         return model(self.tokens, attention_mask=self.mask)[:, self.last :]
 
 
@@ -83,20 +61,14 @@ def activations(
     """Activations at a position counted from the prompts' end, ``[prompt 1 …]`` by hook name."""
     batch = Padded.of(model, prompts)
     at = batch.at(position)
-    _, cache = model.run_with_cache(
-        batch.tokens,
-        attention_mask=batch.mask,
-        names_filter=list(names),
-        pos_slice=slice(at, at + 1),
-        return_type=None,
-    )
-    return cache
+    kept = {"names_filter": list(names), "pos_slice": slice(at, at + 1), "return_type": None}
+    return model.run_with_cache(batch.tokens, attention_mask=batch.mask, **kept)[1]
 
 
 def stack_layers(
     activations: Mapping[str, Tensor] | ActivationCache, site: str, n_layers: int
 ) -> Float[Tensor, "prompt layer ..."]:
-    """One site of all layers, of activations ``[prompt 1 …]`` at one position."""
+    """A site's activations in all layers, from those by hook name at one position, ``[prompt 1 …]``."""
     return torch.stack([activations[get_act_name(site, i)][:, 0] for i in range(n_layers)], dim=1)
 
 
@@ -104,9 +76,9 @@ def head_z(
     model: HookedTransformer, prompts: Sequence[Prompt], position: int = -1
 ) -> Float[Tensor, "prompt layer head d_head"]:
     """``hook_z`` of every head at a position counted from the prompts' end."""
-    n_layers = model.cfg.n_layers
-    names = [get_act_name("z", layer) for layer in range(n_layers)]
-    return stack_layers(activations(model, prompts, names, position), "z", n_layers)
+    n = model.cfg.n_layers
+    names = [get_act_name("z", layer) for layer in range(n)]
+    return stack_layers(activations(model, prompts, names, position), "z", n)
 
 
 @torch.no_grad()
@@ -119,17 +91,15 @@ def sweep(
     position: int = -1,
     progress: bool = False,
 ) -> Float[Tensor, "2 pair run"]:
-    """Mean and first-token log probability of each pair's answer, untouched and under each patch.
+    """Mean and first-token log probability of each answer, in nats, untouched and under each patch.
 
-    One forward pass over all prompts and answers per patch, which acts at a position counted from the
-    prompts' end.
+    It takes one forward pass per patch, which acts at a position counted from the prompts' end.
     """
     batch = Padded.of(model, prompts, answers)
     at = batch.at(position)
-    runs: list[Hooks] = [[], *([patch.hook(at)] for patch in patches)]
     out = []
-    for hooks in track(runs, "patching, one whole pass each", progress):
-        with hooked(model, hooks):
+    for patch in track([None, *patches], "patching, one whole pass each", progress):
+        with hooked(model, [] if patch is None else [patch.hook(at)]):
             log_probs = token_log_probs(batch.logits(model), batch.targets)
         out.append(torch.stack([sequence_log_prob(log_probs, batch.scored), log_probs[:, 0]]))
     return torch.stack(out, dim=-1)
@@ -137,10 +107,9 @@ def sweep(
 
 @torch.no_grad()
 def greedy(model: HookedTransformer, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
-    """New tokens of each prompt, under whatever hooks are on the model.
+    """New tokens of each prompt without the end token, under whatever hooks are on the model.
 
-    One batch in the prompts' order, because hooks with a value for each prompt rely on it. Rows end
-    before their end-of-sequence token, or where the context is full.
+    They are one batch in the prompts' order, because hooks with one value per prompt rely on it.
     """
     device, eos = model.W_E.device, model.tokenizer.eos_token_id
     batch, n_ctx = Padded.of(model, prompts), model.cfg.n_ctx
@@ -154,7 +123,7 @@ def greedy(model: HookedTransformer, prompts: Sequence[Prompt], max_new_tokens: 
         done |= (token == eos) | (room <= step)
         for i in (~done).nonzero()[:, 0].tolist():
             new[i].append(int(token[i]))
-        if bool((done | (room <= step + 1)).all()):  # nobody would read another token
+        if bool((done | (room <= step + 1)).all()):  # no prompt has room for another token
             break
         ones = torch.ones_like(token)[:, None].int()
         token = model(token[:, None], attention_mask=ones, past_kv_cache=cache)[:, -1].argmax(-1)
@@ -169,7 +138,7 @@ def decode(
     *,
     progress: bool = False,
 ) -> list[list[list[int]]]:
-    """New tokens, ``[intervention][prompt]``: one batch of all prompts per intervention."""
+    """New tokens ``[intervention][prompt]``, from one batch of all prompts per intervention."""
     out = []
     for intervention in track(interventions, "decoding, one whole pass each", progress):
         hooks = intervention_hooks(model, [intervention], len(prompts), -1)

@@ -127,7 +127,7 @@ def test_a_batch_of_interventions_is_each_on_each_prompt(loaded, seed) -> None:
     n = len(rows)
     interventions = [random_intervention(model, rng, n_all) for _ in range(rng.randint(1, 3))]
     n_runs = len(interventions) * n
-    hooks = intervention_hooks(model, interventions, n, 1, rows=rows)
+    hooks = [hook for i in range(3) for hook in layer_hooks(model, interventions, rows, i, 1)]
     assert len({name for name, _ in hooks}) == len(hooks)
     batch = apply_all(model, hooks, (n_runs, 3), seed)
     names = sorted(batch)
@@ -149,10 +149,10 @@ def test_a_batch_of_interventions_is_each_on_each_prompt(loaded, seed) -> None:
             assert torch.equal(batch[name][i], alone)
 
 
-def test_all_rows_by_default(llama) -> None:
+def test_the_hooks_of_all_layers_are_for_all_rows(llama) -> None:
     rng = random.Random(4)
     interventions = [random_intervention(llama, rng, 2) for _ in range(3)]
-    every = intervention_hooks(llama, interventions, 2, 0, rows=[0, 1])
+    every = [hook for i in range(3) for hook in layer_hooks(llama, interventions, [0, 1], i, 0)]
     found = apply_all(llama, intervention_hooks(llama, interventions, 2, 0), (6, 1), 0)
     wanted = apply_all(llama, every, (6, 1), 0)
     assert found.keys() == wanted.keys()
@@ -164,11 +164,11 @@ def test_hooks_by_layer_are_all_of_them(llama) -> None:
     rng = random.Random(5)
     interventions = [random_intervention(llama, rng, 2) for _ in range(3)]
     every = intervention_hooks(llama, interventions, 2, 0)
-    layers = [layer_hooks(llama, interventions, 2, layer, 0) for layer in range(3)]
+    layers = [layer_hooks(llama, interventions, [0, 1], layer, 0) for layer in range(3)]
     assert [name for name, _ in every] == [name for hooks in layers for name, _ in hooks]
     for layer, hooks in enumerate(layers):
         assert all(name.startswith(f"blocks.{layer}.") for name, _ in hooks)
-    assert layer_hooks(llama, [NOTHING, NOTHING], 2, 0, 0) == []
+    assert layer_hooks(llama, [NOTHING, NOTHING], [0, 1], 0, 0) == []
 
 
 def test_values_for_other_prompts_are_refused(llama) -> None:
