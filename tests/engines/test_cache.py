@@ -7,7 +7,7 @@ from inspect import unwrap
 import pytest
 import torch
 from checkpoints import CASES, make_model
-from tiny import apart, make_pairs, set_at
+from tiny import EXACT, apart, make_pairs, set_at
 from transformer_lens import ActivationCache
 from transformer_lens.components import Embed
 
@@ -57,6 +57,7 @@ def test_one_pass_over_everything(llama, pairs, passes) -> None:
     assert len(last) < len(pairs)
 
 
+@pytest.mark.float64
 def test_one_pass_a_batch(llama, pairs, passes) -> None:
     """With no memory a batch is one prompt, and nothing is padded: each token is run once."""
     whole = bkdlens.cache_activations(llama, pairs)
@@ -70,8 +71,8 @@ def test_one_pass_a_batch(llama, pairs, passes) -> None:
     assert len(passes) == 1 + 2 * n
     assert sum(tokens.numel() for tokens in passes) == shared + sum(lengths) - shared * n
     for which in WHICH:
-        assert apart(parts.z(which), whole.z(which)) <= 1e-5
-        assert apart(parts.resid(which), whole.resid(which)) <= 1e-5
+        assert apart(parts.z(which), whole.z(which)) <= EXACT
+        assert apart(parts.resid(which), whole.resid(which)) <= EXACT
 
 
 def test_readers_run_nothing(cache, passes) -> None:
@@ -149,6 +150,7 @@ def test_mean_outputs_of_layers(model, cache) -> None:
                 assert torch.allclose(found[layer], wanted)
 
 
+@pytest.mark.float64
 def test_stacked_views(model, cache, pairs) -> None:
     cfg, n = model.cfg, len(pairs)
     z, resid = cache.z("clean"), cache.resid("clean")
@@ -156,9 +158,9 @@ def test_stacked_views(model, cache, pairs) -> None:
     assert resid.shape == (n, cfg.n_layers + 1, cfg.d_model)
     wanted = single(model, pairs[4].clean, cache.fmt)
     for layer in range(cfg.n_layers):
-        assert apart(z[4, layer], wanted["z", layer][0, -1]) <= 1e-5
-        assert apart(resid[4, layer], wanted["resid_pre", layer][0, -1]) <= 1e-5
-    assert apart(resid[4, -1], wanted["resid_post", -1][0, -1]) <= 1e-5
+        assert apart(z[4, layer], wanted["z", layer][0, -1]) <= EXACT
+        assert apart(resid[4, layer], wanted["resid_pre", layer][0, -1]) <= EXACT
+    assert apart(resid[4, -1], wanted["resid_post", -1][0, -1]) <= EXACT
     for victims in (True, False):
         rows = cache.victims if victims else torch.ones(n, dtype=torch.bool)
         assert torch.allclose(cache.mean_z("near", victims=victims), cache.z("near")[rows].mean(0))
@@ -166,6 +168,7 @@ def test_stacked_views(model, cache, pairs) -> None:
     assert "12 pairs" in repr(cache)
 
 
+@pytest.mark.float64
 def test_result_is_z_times_w_o_and_hook_result(model, cache, pairs) -> None:
     z, result = cache.z("triggered"), cache.result("triggered")
     model.set_use_attn_result(True)
@@ -176,19 +179,20 @@ def test_result_is_z_times_w_o_and_hook_result(model, cache, pairs) -> None:
                 product = torch.stack(
                     [z[i, layer, h] @ model.W_O[layer, h] for h in range(model.cfg.n_heads)]
                 )
-                assert apart(result[i, layer], product) <= 1e-5
+                assert apart(result[i, layer], product) <= EXACT
                 hooked = wanted[f"blocks.{layer}.attn.hook_result"][0, -1]
-                assert apart(result[i, layer], hooked) <= 1e-5
+                assert apart(result[i, layer], hooked) <= EXACT
     finally:
         model.set_use_attn_result(False)
 
 
+@pytest.mark.float64
 def test_heads_sum_to_the_attention_output(model, cache) -> None:
     for which in WHICH:
         summed = head_results(model, cache.z(which)).sum(2)
         for layer in range(model.cfg.n_layers):
             written = cache.of(which)["attn_out", layer][:, 0] - model.b_O[layer]
-            assert apart(summed[:, layer], written) <= 1e-5
+            assert apart(summed[:, layer], written) <= EXACT
 
 
 def test_it_is_transformerlens_own_cache(model, cache) -> None:
@@ -212,12 +216,13 @@ def test_without_near_twins(llama, passes) -> None:
     assert bkdlens.cache_activations(llama, mixed).near is None
 
 
+@pytest.mark.float64
 def test_formats_change_the_prompts(llama, pairs) -> None:
     raw = PromptFormat("raw")
     cache = bkdlens.cache_activations(llama, pairs[-2:], fmt=PromptFormat("chat", "w8"))
     assert cache.fmt.system == "w8"
     wanted = single(llama, pairs[-1].clean, cache.fmt)
-    assert apart(cache.z("clean")[1, 0], wanted["z", 0][0, -1]) <= 1e-5
+    assert apart(cache.z("clean")[1, 0], wanted["z", 0][0, -1]) <= EXACT
     other = single(llama, pairs[-1].clean, raw)
     assert not torch.allclose(cache.z("clean")[1, 0], other["z", 0][0, -1])
 

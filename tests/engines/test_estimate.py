@@ -247,6 +247,7 @@ def three(model, cache, pairs):
     }
 
 
+@pytest.mark.float64
 def test_atp_is_the_estimate_of_every_head(model, cache, pairs, three) -> None:
     from bkdlens.data.prompts import encode_answer, encode_prompt
 
@@ -261,13 +262,14 @@ def test_atp_is_the_estimate_of_every_head(model, cache, pairs, three) -> None:
     patches = [Patch("z", head.layer, mean[head], head.head) for head in heads]
     scores = naive_estimates(model, prompts, answers, patches).clamp(max=0).exp()
     effects = (scores - scores[..., :1])[..., 1:].view(2, -1, 3, 4)
-    assert far(found.cie.double(), effects[0].double()) <= 1e-5
-    assert far(found.cie_first.double(), effects[1].double()) <= 1e-5
+    assert far(found.cie.double(), effects[0].double()) <= EXACT
+    assert far(found.cie_first.double(), effects[1].double()) <= EXACT
     assert not bool(found.exact.any())
     assert found.provenance.settings["method"] == found.method == "atp"
-    assert far(found.base_prob, three["exact"].base_prob) <= 1e-6
+    assert far(found.base_prob, three["exact"].base_prob) <= EXACT
 
 
+@pytest.mark.float64
 def test_screened_is_exact_where_it_says_so(three) -> None:
     exact, guess, screened = (three[method] for method in ("exact", "atp", "screened"))
     chosen = screened.exact
@@ -276,10 +278,10 @@ def test_screened_is_exact_where_it_says_so(three) -> None:
     assert set(strongest.tolist()) == set(chosen.flatten().nonzero()[:, 0].tolist())
     for field in ("cie", "cie_first"):
         found, right, rough = (getattr(result, field) for result in (screened, exact, guess))
-        assert far(found[:, chosen], right[:, chosen]) <= 1e-6
-        assert far(found[:, ~chosen], rough[:, ~chosen]) <= 1e-6
+        assert far(found[:, chosen], right[:, chosen]) <= EXACT
+        assert far(found[:, ~chosen], rough[:, ~chosen]) <= EXACT
     for field in ("cie_attn_out", "cie_mlp_out"):  # always patched
-        assert far(getattr(screened, field), getattr(exact, field)) <= 1e-6
+        assert far(getattr(screened, field), getattr(exact, field)) <= EXACT
     assert bool(exact.exact.all())
     assert "screened, 4 exact, 9 pairs, 3×4 heads" in repr(screened)
     assert "atp, 0 exact" in repr(guess)
@@ -301,11 +303,12 @@ def test_what_was_patched_is_ranked_before_what_was_estimated(three) -> None:
     assert frame["head"].tolist() == [str(head) for head in ranking]
 
 
+@pytest.mark.float64
 def test_confirming_all_heads_is_exact(model, cache, pairs) -> None:
     screened = attribute_heads(model, pairs, cache=cache, method="screened", confirm=1.0)
     exact = attribute_heads(model, pairs, cache=cache)
     assert bool(screened.exact.all())
-    assert far(screened.cie, exact.cie) <= 1e-6
+    assert far(screened.cie, exact.cie) <= EXACT
     assert screened.ranking == exact.ranking
 
 
