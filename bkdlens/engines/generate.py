@@ -22,7 +22,7 @@ from bkdlens.data.prompts import Answer, Prompt, PromptFormat, encode_answer, en
 from bkdlens.engines import reference
 from bkdlens.engines.block import supported
 from bkdlens.engines.decode import Completed, Drafts, complete, run_last_token
-from bkdlens.engines.hooks import NOTHING, Intervention, check_values, refuse_foreign_hooks
+from bkdlens.engines.hooks import NOTHING, Intervention, check_interventions, refuse_foreign_hooks
 from bkdlens.engines.prefix import prefixes
 from bkdlens.types import Which
 
@@ -121,7 +121,7 @@ def decode(
         >>> steered = bkdlens.decode(model, prompts, [bkdlens.Intervention(vectors=(push,))], [])
     """
     refuse_foreign_hooks(model)
-    check_values(interventions, len(prompts))
+    check_interventions(model, interventions, len(prompts))
     if not supported(model):
         tokens = reference.decode(model, prompts, interventions, max_new_tokens, progress=progress)
         return _compared(model, tokens, guesses)

@@ -126,8 +126,15 @@ def from_end(n: int, position: int) -> int:
     return n + position
 
 
-def check_values(interventions: Sequence[Intervention], n_prompts: int) -> None:
-    """Raise a ``HookError`` unless values with a prompt axis have one entry per prompt."""
+def check_interventions(
+    model: HookedTransformer, interventions: Sequence[Intervention], n_prompts: int
+) -> None:
+    """Raise a ``HookError`` for a place that the model lacks, or values for other numbers of prompts."""
+    for intervention in interventions:
+        for head in intervention.heads:
+            _check_place(model, "An intervention", head.layer, head.head)
+        for vector in intervention.vectors:
+            _check_place(model, "A vector", vector.layer)
     values = [i.z for i in interventions if i.z is not None and i.z.ndim == 3]
     values += [v.value for i in interventions for v in i.vectors if v.value.ndim == 2]
     for value in values:
@@ -143,16 +150,21 @@ def check_patches(model: HookedTransformer, patches: Sequence[Patch], n_prompts:
     cfg = model.cfg
     for patch in patches:
         width = cfg.d_head if patch.site == "z" else cfg.d_model
-        if not (0 <= patch.layer < cfg.n_layers and 0 <= (patch.head or 0) < cfg.n_heads):
-            raise HookError(
-                f"A patch of layer {patch.layer}, head {patch.head} does not fit: this model has layers "
-                f"0 to {cfg.n_layers - 1} with heads 0 to {cfg.n_heads - 1}."
-            )
+        _check_place(model, "A patch", patch.layer, patch.head)
         if tuple(patch.value.shape) not in ((width,), (n_prompts, width)):
             raise HookError(
                 f"A patch of {patch.site} has a value of shape {list(patch.value.shape)}; give "
                 f"[{width}] for all prompts, or [{n_prompts}, {width}] with one per prompt."
             )
+
+
+def _check_place(model: HookedTransformer, what: str, layer: int, head: int | None = None) -> None:
+    cfg = model.cfg
+    if not (0 <= layer < cfg.n_layers and 0 <= (head or 0) < cfg.n_heads):
+        raise HookError(
+            f"{what} of layer {layer}, head {head} does not fit: this model has layers "
+            f"0 to {cfg.n_layers - 1} with heads 0 to {cfg.n_heads - 1}."
+        )
 
 
 def change_at(
@@ -227,7 +239,7 @@ def intervention_hooks(
     model: HookedTransformer, interventions: Sequence[Intervention], n_prompts: int, position: int
 ) -> list[tuple[str, HookFunction]]:
     """The hooks of :func:`layer_hooks` in every layer that is changed, ascending, for all prompts."""
-    check_values(interventions, n_prompts)
+    check_interventions(model, interventions, n_prompts)
     return [
         hook
         for layer in sorted({layer for i in interventions for layer in i.layers})

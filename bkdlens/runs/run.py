@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformer
 from bkdlens.analyses.base import Run, Subject
 from bkdlens.analyses.parts import PARTS
 from bkdlens.data.pairs import PairSet
-from bkdlens.data.prompts import PromptFormat, encode_prompt
+from bkdlens.data.prompts import PromptFormat, encode_prompts
 from bkdlens.errors import ResultError, unknown
 from bkdlens.results import provenance
 from bkdlens.runs.reading import load_study
@@ -131,7 +131,5 @@ def _resumed(study: Study, folder: Path | None) -> Study:
 def _check(model: HookedTransformer, pairs: PairSet, fmt: PromptFormat) -> None:
     """Raise for pairs that cannot be used, before anything is run or written."""
     _ = pairs.victims
-    for pair in pairs:
-        for text in (pair.clean, pair.triggered, pair.near):
-            if text is not None:
-                encode_prompt(model.tokenizer, text, fmt, n_ctx=model.cfg.n_ctx)
+    texts = [text for pair in pairs for text in (pair.clean, pair.triggered, pair.near)]
+    encode_prompts(model, [text for text in texts if text is not None], fmt)

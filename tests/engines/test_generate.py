@@ -404,3 +404,18 @@ def test_refusals(llama) -> None:
             evaluate(llama, pairs, [wrong])
         with pytest.raises(HookError, match=f"values for {n} prompts and 4 are run"):
             evaluate(llama, pairs, [NOTHING, added])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Intervention((Head(3, 0),), torch.zeros(1, 8)),
+        Intervention((Head(0, 4),), torch.zeros(1, 8)),
+        Intervention(vectors=(Vector("resid_pre", 3, torch.zeros(32)),)),
+        Intervention(vectors=(Vector("attn_out", -1, torch.zeros(32)),)),
+    ],
+    ids=["layer of a head", "head", "layer of a vector", "negative layer"],
+)
+def test_places_that_the_model_lacks_are_refused(llama, pairs, change) -> None:
+    with pytest.raises(HookError, match="does not fit: this model has layers 0 to 2 with heads 0 to 3"):
+        evaluate(llama, pairs[:2], [change])

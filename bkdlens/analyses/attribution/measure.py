@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from bkdlens.data.pairs import PairSet
-from bkdlens.data.prompts import Answer, Prompt, PromptFormat, encode_answer, encode_prompt
+from bkdlens.data.prompts import Answer, Prompt, PromptFormat, encode_answer, encode_prompts
 from bkdlens.engines.cache import PairCache, cache_activations, head_results
 from bkdlens.engines.estimate import estimate
 from bkdlens.engines.hooks import Patch
@@ -205,7 +205,7 @@ def attribute_heads(
     fmt = fmt or cache.fmt
     chosen = (pairs.victims if victims_only else pairs).sample(n_pairs, seed=seed)
     cfg = model.cfg
-    prompts = [encode_prompt(model.tokenizer, p.clean, fmt, n_ctx=cfg.n_ctx) for p in chosen]
+    prompts = encode_prompts(model, chosen.clean, fmt)
     answers = [
         encode_answer(
             model.tokenizer, prompt, pair.backdoor_output, fmt,

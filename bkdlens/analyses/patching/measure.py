@@ -15,7 +15,7 @@ from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.utils import get_act_name
 
 from bkdlens.data.pairs import PairSet, Texts
-from bkdlens.data.prompts import Prompt, PromptFormat, encode_answer, encode_prompt
+from bkdlens.data.prompts import Prompt, PromptFormat, encode_answer, encode_prompts
 from bkdlens.engines import reference
 from bkdlens.engines.cache import PairCache
 from bkdlens.engines.hooks import HookFunction, hooked, in_prefill, refuse_foreign_hooks
@@ -143,7 +143,7 @@ def patch_heads(
         raise DataError("There are no prompts to patch; give at least one.")
     fmt = fmt or getattr(source, "fmt", None) or PromptFormat.default(model.tokenizer)
     chosen = parse_heads(heads, model.cfg.n_layers, model.cfg.n_heads)
-    encoded = [encode_prompt(model.tokenizer, t, fmt, n_ctx=model.cfg.n_ctx) for t in texts]
+    encoded = encode_prompts(model, texts, fmt)
     if isinstance(target, str):
         target = [target] * len(texts)
     if target is not None and len(target) != len(texts):
@@ -300,8 +300,7 @@ def _source_z(
         return torch.zeros(len(heads), cfg.d_head)
     own = isinstance(source, str) and source == "mean"
     others = list(texts or []) if own else [source] if isinstance(source, str) else list(source)
-    encoded = [encode_prompt(model.tokenizer, text, fmt, n_ctx=cfg.n_ctx) for text in others]
-    z = reference.head_z(model, encoded)[:, layers, index]
+    z = reference.head_z(model, encode_prompts(model, others, fmt))[:, layers, index]
     if own:
         return z.mean(0)
     if texts is not None and len(others) not in (1, len(texts)):
