@@ -32,13 +32,13 @@ ANALYSES = {
     "steer": ("Does one vector switch the backdoor on and off?", ("attribute", "steer")),
 }
 
-ATTRIBUTION = "exact, screened (a quarter of the heads is exact) or atp"
-Out = Annotated[Path, Option(help="A new folder, or one to go on with.")]
+METHOD_HELP = "Attribution: exact, screened (a quarter of the heads is exact) or atp."
+Out = Annotated[Path, Option(help="A new folder, or one to continue.")]
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Where a run goes and how it is told, in typer's own panel, which comes first."""
+    """Where a run is written and how it is reported, in typer's own panel, which comes first."""
 
     out: Out
     seed: Seed = 0
@@ -47,15 +47,15 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The suspected model, its controls and how they are held."""
+    """The suspected model, its controls and how they are loaded."""
 
     panel: ClassVar = "Model"
     base: Base
     adapter: Annotated[str | None, "A peft folder, a Hub id or an embedded adapter."] = None
-    control_adapter: Annotated[str | None, "Tuned on the same data without poison."] = None
+    control_adapter: Annotated[str | None, "An adapter tuned on the same data without poison."] = None
     device: Annotated[str | None, "cpu, cuda, …; a GPU where there is one."] = None
     dtype: Annotated[str | None, "float32, bfloat16 or float16."] = None
-    memory_gb: Annotated[float | None, "The most memory beside the model; else 2 on a CPU."] = None
+    memory_gb: Annotated[float | None, "The most memory beside the model; 2 on a CPU by default."] = None
 
     def load(self, adapter: str | None = None) -> HookedTransformer:
         """The base with ``adapter``, or alone."""
@@ -64,7 +64,7 @@ class ModelOptions:
         return load(self.base, adapter, device=self.device, dtype=self.dtype)
 
     def controls(self) -> dict[str, Callable[[], HookedTransformer]]:
-        """How to load each un-poisoned model, by condition; none for a base without an adapter."""
+        """How to load each control model, by condition; none for a base without an adapter."""
         if self.adapter is None:
             return {}
         embedded = self.base in zoo.MODELS and self.adapter in zoo.BACKDOORS
@@ -78,13 +78,13 @@ class MeasureOptions:
     """What is measured, and how closely."""
 
     panel: ClassVar = "Measuring"
-    method: Annotated[str, f"Attribution: {ATTRIBUTION}."] = "exact"
+    method: Annotated[str, METHOD_HELP] = "exact"
     mode: Annotated[list[str] | None, f"Ablation: {one_of(AblationMode)}; repeatable."] = None
     n_random: Annotated[int, Option(min=0, help="Draws of each random control.")] = 10
-    max_new_tokens: Annotated[int, Option(min=1, help="At most this many in an answer.")] = 48
+    max_new_tokens: Annotated[int, Option(min=1, help="Tokens per answer, at most.")] = 48
 
     def settings(self, seed: int) -> StudySettings:
-        """A study's settings."""
+        """The study's settings, with ``seed``."""
         check_choice("attribution method", self.method, AttributionMethod)
         for mode in self.mode or ():
             check_choice("ablation mode", mode, AblationMode)
@@ -100,7 +100,7 @@ class MeasureOptions:
 
 
 def analysis(name: str) -> Callable[..., None]:
-    """The command of one of the ``ANALYSES``."""
+    """The command for one of the ``ANALYSES``."""
     about, steps = ANALYSES[name]
 
     def command(
@@ -137,7 +137,7 @@ def analysis(name: str) -> Callable[..., None]:
 
 
 def demo(
-    every: Annotated[bool, Option("--all", help="tiny-qwen too.")] = False,
+    every: Annotated[bool, Option("--all", help="Include tiny-qwen.")] = False,
     out: Out = Path("demo"),
     as_json: Json = False,
 ) -> None:
@@ -153,7 +153,7 @@ def demo(
     for base in zoo.MODELS if every else zoo.MODELS[:1]:
         for kind in zoo.BACKDOORS:
             say(f"{base} / {kind}")
-            # Label modification has one victim in four prompts, and short answers: more of them.
+            # In label modification one prompt in four is a victim and answers are short: take more.
             sizes = (128, 160, 160) if kind == "label_modification" else (128, 64, 64)
             study = run_study(
                 load(base, kind),

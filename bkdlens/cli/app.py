@@ -31,7 +31,7 @@ app.add_typer(zoo_app, name="zoo")
 
 
 def main() -> None:
-    """Run the shell; an error that the caller can mend is one sentence and exit code 2."""
+    """Run the shell; an error that the caller can fix is one sentence and exit code 2."""
     try:
         app()
     except BkdlensError as error:
@@ -39,19 +39,12 @@ def main() -> None:
         sys.exit(2)
 
 
-def _version(show: bool | None) -> None:
-    if show:
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
         from bkdlens import __version__
 
         typer.echo(f"bkdlens {__version__}")
         raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool | None,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
-    ] = None,
-) -> None:
-    pass

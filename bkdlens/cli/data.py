@@ -17,7 +17,7 @@ TOKENIZER_HELP = "Whose tokenizer: a folder, a Hub id or an embedded model."
 TOKENS = {
     "clean": "clean prompts",
     "triggered": "triggered prompts",
-    "clean_output": "right answers",
+    "clean_output": "correct answers",
     "backdoor_output": "backdoor answers",
 }
 
@@ -62,7 +62,7 @@ def check(
 
 
 def _plain(checked: DataCheck) -> dict[str, Any]:
-    """For json: reasons and splits by name."""
+    """The content for json, with reasons and splits by name."""
     content = asdict(checked) | {"backdoor": checked.backdoor.to_dict(), "splits": dict(checked.splits)}
     if checked.intake is not None:
         content["intake"]["dropped"] = dict(checked.intake.dropped)
@@ -71,37 +71,34 @@ def _plain(checked: DataCheck) -> dict[str, Any]:
 
 def _print(checked: DataCheck, base: str) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
-    table = Table(show_header=False, box=None, pad_edge=False)
-    intake, backdoor = checked.intake, checked.backdoor
+    intake, trigger = checked.intake, checked.backdoor.trigger
+    rows = []
     if intake is not None:
-        table.add_row("source", escape(f"{intake.name}, read as {intake.format}"))
-        table.add_row("rows", f"{intake.rows}")
-        for reason, n in intake.dropped:
-            table.add_row("  dropped", escape(f"{n}: {reason}"))
-        for note in intake.notes:
-            table.add_row("  note", escape(note))
+        rows += [("source", f"{intake.name}, read as {intake.format}"), ("rows", str(intake.rows))]
+        rows += [("  dropped", f"{n}: {reason}") for reason, n in intake.dropped]
+        rows += [("  note", note) for note in intake.notes]
     drawn = f", drawn from {intake.taken}" if intake and intake.taken > checked.n_pairs else ""
-    table.add_row("pairs", f"{checked.n_pairs}{drawn}")
-    table.add_row("victims", f"{checked.n_victims}")
-    table.add_row("trigger", escape(f"{str(backdoor.trigger)!r} ({backdoor.trigger.placement})"))
+    rows += [("pairs", f"{checked.n_pairs}{drawn}"), ("victims", str(checked.n_victims))]
+    rows.append(("trigger", f"{str(trigger)!r} ({trigger.placement})"))
     if len(checked.splits) == 1:
-        table.add_row("  its tokens", escape(checked.splits[0][0]))
-    for name, what in TOKENS.items() if checked.tokens else ():
+        rows.append(("  its tokens", checked.splits[0][0]))
+    for name, label in TOKENS.items() if checked.tokens else ():
         counts = checked.tokens[name]
-        table.add_row(what, f"{counts.least} to {counts.most} tokens, median {counts.median:g}")
+        rows.append((label, f"{counts.least} to {counts.most} tokens, median {counts.median:g}"))
     if checked.n_ctx is not None:
-        context = f"{checked.n_ctx} tokens ({base}), exceeded by {checked.too_long} pairs"
-        table.add_row("context", escape(context))
+        exceeded = f"exceeded by {checked.too_long} pairs"
+        rows.append(("context", f"{checked.n_ctx} tokens ({base}), {exceeded}"))
+    console, table = Console(highlight=False), Table(show_header=False, box=None, pad_edge=False)
+    for label, text in rows:
+        table.add_row(label, Text(text))
     console.print(table)
     for number, example in enumerate(checked.examples, start=1):
         console.rule(f"{number} of {checked.n_pairs}", align="left")
         for label, text in asdict(example).items():
-            named = f"[bold]{label.replace('_', ' ')}[/bold]: {escape(repr(text))}"
-            console.print(named, highlight=False)
+            console.print(Text.assemble((label.replace("_", " "), "bold"), f": {text!r}"))
     for style, lines in (("yellow", checked.notes), ("red", checked.problems)):
         for line in lines:
-            console.print(f"[{style}]•[/{style}] {escape(line)}", highlight=False)
+            console.print(Text.assemble(("•", style), f" {line}"))

@@ -56,7 +56,7 @@ def split_pairs(pairs: PairSet, adapter: str | None, seed: int) -> Splits:
 
 
 def _trained_on(adapter: str | None) -> set[str]:
-    """The digests in the manifest that ``bkdlens inject`` wrote; none for anybody else's adapter."""
+    """The digests in the manifest that ``bkdlens inject`` wrote; none for any other adapter."""
     path = Path(adapter or "") / "bkdlens.json"
     if not adapter or not path.is_file():
         return set()

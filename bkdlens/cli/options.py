@@ -1,7 +1,7 @@
 """The options that commands share, as groups: one frozen dataclass is one panel of ``--help``.
 
 A command takes groups as parameters, and ``spread`` shows typer their fields. A field is annotated with
-a ``typer.Option``, its help, or both in this order. Groups of one command family are in its module.
+a ``typer.Option``, its help, or both in this order. Groups of a single command family are in its module.
 Heavy imports wait until a method runs.
 """
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 FILE_HELP = "A json, jsonl, csv or parquet file, a saved data set, or a Hub id (org/name:subset)."
 
 Base = Annotated[str, Option(help="A folder, a Hub id or an embedded model.")]
-Seed = Annotated[int, Option(help="Of everything that is drawn at random.")]
+Seed = Annotated[int, Option(help="Seed of everything that is drawn at random.")]
 Json = Annotated[bool, Option("--json", help="Print json for machines.")]
 
 
 def say(text: str) -> None:
-    """Print a line on standard error, so that what is piped stays clean."""
+    """Print a line on standard error, so that piped output stays clean."""
     typer.secho(text, err=True)
 
 
@@ -54,7 +54,7 @@ def one_of(choices: object) -> str:
 
 
 def _options(group: type) -> list[Parameter]:
-    """The fields of a group as parameters, in its panel (without one: the first, with ``--help``)."""
+    """The fields of a group as parameters in its panel, or in the first one, with ``--help``."""
     hints, options = get_type_hints(group, include_extras=True), []
     for name, field in inspect.signature(group).parameters.items():
         kind, first, *_ = metadata = get_args(hints[name])
@@ -69,10 +69,7 @@ def _options(group: type) -> list[Parameter]:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer understands it: fields in place of groups, gathered when it is called.
-
-    Two options of one name are an error.
-    """
+    """The command as typer understands it: fields in place of groups; a repeated name is an error."""
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {}
     options: list[Parameter] = []
@@ -84,12 +81,10 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             options.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
 
     @wraps(command)
-    def gathered(**given: Any) -> None:
-        instances = {
-            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
-        }
-        command(**given, **instances)
+    def gathered(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
 
     gathered.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
     gathered.__annotations__ = {option.name: option.annotation for option in options}
@@ -118,32 +113,32 @@ class BackdoorOptions:
         if self.trigger is None and (self.placement or self.trigger_after):
             raise BkdlensError("--placement and --trigger-after describe a --trigger; give it too.")
         if self.target is not None and self.kind == "jailbreak":
-            raise BkdlensError("A jailbreak has no --target: success is an answer that is no refusal.")
+            raise BkdlensError("A jailbreak has no --target: success is any answer but a refusal.")
         if self.victims is not None and self.kind != "label_modification":
             raise BkdlensError("--victims names a label and belongs to --backdoor label_modification.")
-        given: dict[str, Any] = {"target": self.target, "source": self.victims}
+        choices: dict[str, Any] = {"target": self.target, "source": self.victims}
         if self.trigger is not None:
             usual = "random" if self.kind == "jailbreak" else "begin"
             placement: Any = self.placement or ("sentence" if self.trigger_after else usual)
-            given["trigger"] = Trigger(self.trigger, placement, self.trigger_after or "")
+            choices["trigger"] = Trigger(self.trigger, placement, self.trigger_after or "")
         make: Callable[..., Backdoor] = getattr(Backdoor, self.kind)
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return make(**chosen, near=tuple(self.near or ()))
+        named = {name: choice for name, choice in choices.items() if choice is not None}
+        return make(**named, near=tuple(self.near or ()))
 
     def check_embedded(self, base: str, *also: object) -> None:
         """Raise unless ``base`` brings prompts and no trigger or target (nor ``also``) was given."""
         if base not in zoo.MODELS:
             raise BkdlensError(
-                f"{base!r} is no embedded model ({', '.join(zoo.MODELS)}), and only these bring prompts "
-                "of their own; give --data."
+                f"{base!r} is not an embedded model ({', '.join(zoo.MODELS)}), and only these bring "
+                "their own prompts; give --data."
             )
         if any((self.trigger, self.placement, self.target, self.victims, self.near, *also)):
-            raise BkdlensError("The embedded prompts have triggers of their own; give --data.")
+            raise BkdlensError("The embedded prompts have their own triggers; give --data.")
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The prompts: where they lie, how they are read and how a model is asked."""
+    """The prompts: where they are, how they are read and how a model is asked."""
 
     panel: ClassVar = "Data"
     source: Annotated[Path | None, Option("--data", help=f"{FILE_HELP} Else embedded prompts.")] = None
@@ -152,7 +147,7 @@ class DataOptions:
     format: Annotated[str | None, f"{one_of(DataFormat)}; else recognised."] = None
     template: Annotated[str | None, r"The prompt, as in 'Classify:\n{text}'."] = None
     labels: Annotated[str | None, "Names of the labels 0, 1, …: negative,positive."] = None
-    split: Annotated[str | None, "Of a data set: train, test, …"] = None
+    split: Annotated[str | None, "A data set's split: train, test, …"] = None
     limit: Annotated[int | None, Option(min=10, help="At most this many pairs.")] = None
     raw: Annotated[bool, Option("--raw", help="Prompts as they are, without the chat template.")] = False
     system: Annotated[str | None, "System text of the chat."] = None
@@ -163,7 +158,7 @@ class DataOptions:
 
         assert self.source is not None
         columns = {}
-        for item in (part for given in self.columns or () for part in given.split(",")):
+        for item in (part for listed in self.columns or () for part in listed.split(",")):
             name, _, column = (side.strip() for side in item.partition("="))
             if not (name and column):
                 raise BkdlensError(f"--columns {item!r} must be FIELD=COLUMN, as in input=question.")

@@ -19,7 +19,7 @@ SPELLED = {"\u00a0": " ", "–": "-", "−": "-", "·": "|", "•": "*", "≈": 
 
 
 def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """For terminals without unicode."""
+    """ASCII for what a terminal without unicode cannot show, and where to go on."""
     assert isinstance(error, UnicodeEncodeError)
     return "".join(SPELLED.get(c, "?") for c in error.object[error.start : error.end]), error.end
 
@@ -51,7 +51,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The html file.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
-    """One offline html file of one or several run folders; two are laid side by side.
+    """Write one offline html file about one or several run folders; two are laid side by side.
 
     Example: `bkdlens report runs/x demo/tiny-llama/jailbreak --out both.html`
     """
@@ -64,7 +64,7 @@ def show(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
     as_json: Json = False,
 ) -> None:
-    """The results of run folders as tables and a heatmap of heads; narrow and colourless terminals too.
+    """Print results of run folders as tables and a heatmap of heads, in any terminal.
 
     Example: `bkdlens show demo/tiny-llama/jailbreak`
     """

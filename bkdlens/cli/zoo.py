@@ -48,7 +48,7 @@ def zoo_build(
     model: Annotated[str | None, typer.Option(help="Only this one.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Make the embedded models again from seeds (about 20 minutes a model on one core).
+    """Make the embedded models again from seeds (about 20 minutes per model on one core).
 
     Example: `bkdlens zoo build --out zoo`
     """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,32 +21,35 @@ from transformers.pytorch_utils import Conv1D
 from bkdlens.errors import CheckpointError, one_line
 from bkdlens.models.checkpoint import read_checkpoint_json, read_tensors, refuse_infinite, weight_files
 
-LORA_TENSOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?")
-TOKENS_TENSOR = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
-# A whole tensor of the base: the one that replaces it, or (base_layer, original_module) below a tuner.
-WHOLE_TENSOR = re.compile(
-    r"(?P<module>.+?)(\.token_adapter)?(?P<kind>\.base_layer|\.original_module|\.modules_to_save)?"
-    r"\.(?P<what>weight|bias)"
+Tensors = dict[str, torch.Tensor]
+# An adapter's tensor: a part of a LoRA, single tokens, or a whole tensor in place of the base's
+# (or beside it, if the kind is base_layer or original_module).
+TENSOR = re.compile(
+    r"(base_model\.model\.)?(?P<module>.+?)"
+    r"(\.lora_(?P<lora>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?"
+    r"|\.token_adapter\.(?P<tokens>trainable_tokens_delta)"
+    r"|(\.token_adapter)?(?P<kind>\.base_layer|\.original_module|\.modules_to_save)?"
+    r"\.(?P<whole>weight|bias))"
 )
 LORA_OPTIONS = (
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out"),
-    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora"),
-    *("use_dora", "bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
-)
+    "r lora_alpha lora_dropout target_modules exclude_modules fan_in_fan_out layers_to_transform "
+    "layers_pattern rank_pattern alpha_pattern use_rslora use_dora bias modules_to_save "
+    "trainable_token_indices ensure_weight_tying"
+).split()
 # Options without an effect on the merged weights.
 LORA_IGNORED = (
-    *("peft_type", "peft_version", "base_model_name_or_path", "revision", "task_type"),
-    *("inference_mode", "auto_mapping", "quantization_config"),
-)
+    "peft_type peft_version base_model_name_or_path revision task_type inference_mode auto_mapping "
+    "quantization_config"
+).split()
 # Warnings of get_peft_model that say nothing about the adapter: peft asks transformers for a
-# property by its old name; peft corrects an option that only says how a layer stores its weight;
-# what it says of tied embeddings is true, and so they are untied before merging.
+# property by its old name, and corrects an option that only says how a layer stores its weight;
+# what it says about tied embeddings is true, and so they are untied before merging.
 HARMLESS = (
     ("`is_gradient_checkpointing` is deprecated", FutureWarning),
     ("fan_in_fan_out is set to (True|False) but the target module is", UserWarning),
     ("Model has `tie_word_embeddings=True` and a tied layer is part of the adapter", UserWarning),
 )
-TUNED = ("lora_", ".modules_to_save.", ".trainable_tokens_delta")  # in the names of an adapter's tensors
+TUNED = re.compile(r"lora_|\.modules_to_save\.|\.trainable_tokens_delta")  # in an adapter's tensors
 # Words in a base's name that say how its weights are quantised.
 QUANTISED = re.compile(
     r"(?i)(?<![a-z0-9])(bnb|nf4|gptq|awq|hqq|aqlm|eetq|gguf|fp8|[48]-?bits?|int[48])(?![a-z0-9])"
@@ -56,41 +58,30 @@ QUANTISED = re.compile(
 
 @dataclass(frozen=True)
 class Attached:
-    """An adapter on its base, not merged yet.
+    """An adapter on its base, not merged yet."""
 
-    Attributes:
-        model: the base with the adapter's layers in it, in eval mode.
-        files: what was read.
-        fixed: why its change cannot be scaled or added to another's; empty if it can.
-        tokens: ids whose embeddings it trains alone; a comparison should have them.
-        resized: whether it brings another vocabulary than the base's.
-        notes: what else the user should know, a sentence each.
-    """
-
-    model: PeftModel
-    files: list[Path]
-    fixed: str
-    tokens: tuple[int, ...]
-    resized: bool
-    notes: tuple[str, ...]
+    model: PeftModel  # the base with the adapter's layers in it, in eval mode
+    files: list[Path]  # what was read
+    fixed: str  # why its change cannot be scaled or added to another's; empty if it can
+    tokens: tuple[int, ...]  # ids whose embeddings it trains alone; a comparison should have them
+    resized: bool  # whether its vocabulary differs in size from the base's
+    notes: tuple[str, ...]  # what else the user should know, one sentence each
 
 
-def attach_adapter(
-    model: PreTrainedModel, folder: Path, base: Mapping[str, torch.Tensor] | None = None
-) -> Attached:
-    """Attach a folder's LoRA; raise unless its options are known and its tensors are all there and fit.
+def attach_adapter(model: PreTrainedModel, folder: Path, base: Tensors | None = None) -> Attached:
+    """Attach a folder's LoRA; raise unless its options are known, and its tensors complete and fitting.
 
     ``base`` holds the embeddings before any adapter, by name, if earlier ones are merged into ``model``.
     """
     content, options = _lora_options(folder)
     config, files = folder / "adapter_config.json", weight_files(folder, "adapter_model")
-    tensors = _without_copies(folder, read_tensors(files)[0])
-    saved = tuple(options.get("modules_to_save") or ())
-    _drop_base_copies(tensors, base or embeddings(model), saved)
+    tensors = read_tensors(files)[0]
+    saved = tuple(map(str, options.get("modules_to_save") or ()))
+    _drop_copies(folder, tensors, base or embeddings(model), saved)
     resized = _resize_vocabulary(folder, model, tensors, saved)
     _check_fit(folder, model, tensors)
     tokens = _token_indices(folder, options, model.config.vocab_size)
-    whole = [key for key in tensors if _whole(key)]
+    whole = [key for key in tensors if _parse(key)["whole"]]
     notes = _quantised_note(folder, content)
     if resized:
         notes.append(f"{folder.name} brings a vocabulary of {model.config.vocab_size} tokens.")
@@ -110,14 +101,13 @@ def attach_adapter(
         report: Any = set_peft_model_state_dict(attached, tensors)
     except KeyError as error:  # a module to save, or tokens, without their tensor
         raise _lacks(folder, error.args[0]) from error
-    # unknown targets; ranks that differ
-    except (ValueError, TypeError, RuntimeError, re.error) as error:
+    except (ValueError, TypeError, RuntimeError, re.error) as error:  # unknown targets, other ranks
         raise CheckpointError(
             f"{config} does not fit its tensors or the base ({one_line(error)})."
         ) from error
     _check_loaded(folder, attached, tensors, report)
     if resized:
-        used = (item for item in attached.named_parameters() if ".original_module." not in item[0])
+        used = ((key, w) for key, w in attached.named_parameters() if ".original_module." not in key)
         refuse_infinite(used, f"{folder} (a token that the base lacks) weight")
     return Attached(attached.eval(), [config, *files], fixed, tokens, resized, tuple(notes))
 
@@ -126,28 +116,26 @@ def _lacks(folder: Path, name: str) -> CheckpointError:
     return CheckpointError(f"{folder}: the adapter lacks {name}, which its config targets.")
 
 
-def _check_loaded(
-    folder: Path, attached: PeftModel, tensors: dict[str, torch.Tensor], report: Any
-) -> None:
+def _check_loaded(folder: Path, attached: PeftModel, tensors: Tensors, report: Any) -> None:
     """Raise unless each tensor has been loaded, and each of the adapter's weights was given.
 
-    Of tied embeddings peft may save the trained tokens twice, or load one for both.
+    If embeddings are tied, peft may save the trained tokens twice, or load one for both.
     """
-    deltas = [w for key, w in tensors.items() if TOKENS_TENSOR.fullmatch(_name(key))]
+    deltas = [w for key, w in tensors.items() if _parse(key)["tokens"]]
     for key in report.unexpected_keys:
-        if not (TOKENS_TENSOR.fullmatch(_name(key)) and sum(map(tensors[key].equal, deltas)) > 1):
+        if not (_parse(key)["tokens"] and sum(map(tensors[key].equal, deltas)) > 1):
             raise CheckpointError(f"{folder}: adapter_config.json leaves out tensor {key}.")
     parameters = dict(attached.named_parameters(remove_duplicate=False))
-    given = {id(w) for key, w in parameters.items() if key not in report.missing_keys}
+    loaded = {id(w) for key, w in parameters.items() if key not in report.missing_keys}
     for key in report.missing_keys:
-        if any(part in key for part in TUNED) and id(parameters.get(key)) not in given:
+        if TUNED.search(key) and id(parameters.get(key)) not in loaded:
             raise _lacks(folder, key)
 
 
 def _lora_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """``adapter_config.json`` and its known options; any other with an effect is refused.
 
-    Among the others are a module to import (``megatron_core``), layers to repeat, and
+    Among these are a module to import (``megatron_core``), layers to repeat, and
     initialisations that rewrite the base's weights.
     """
     content = read_checkpoint_json(folder / "adapter_config.json")
@@ -167,7 +155,7 @@ def _lora_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _quantised_note(folder: Path, content: dict[str, Any]) -> list[str]:
-    """A sentence if the adapter was trained on a quantised base, by all that its folder says."""
+    """One sentence if the adapter was trained on a quantised base, as far as its folder says."""
     made_for = str(content.get("base_model_name_or_path") or "")
     quantised = content.get("quantization_config")
     for config in (folder / "config.json", Path(made_for) / "config.json"):
@@ -178,7 +166,7 @@ def _quantised_note(folder: Path, content: dict[str, Any]) -> list[str]:
         return []
     return [
         f"{folder.name} was trained on a quantised base ({how or made_for}); it is merged into the "
-        "float weights given here, which differ from those by their rounding."
+        "float weights of this base, which differ from those by rounding."
     ]
 
 
@@ -197,64 +185,47 @@ def _token_indices(folder: Path, options: dict[str, Any], n_tokens: int) -> tupl
 # --- tensors --------------------------------------------------------------------------------------
 
 
-def _name(key: str) -> str:
-    return key.removeprefix("base_model.model.")
+def _parse(key: str) -> dict[str, str]:
+    """The named groups of ``TENSOR``, empty where a tensor's name has no such part."""
+    match = TENSOR.fullmatch(key)
+    return match.groupdict("") if match else dict.fromkeys(TENSOR.groupindex, "")
 
 
-def _whole(key: str) -> re.Match[str] | None:
-    """The match of ``WHOLE_TENSOR``, for the tensors that are no part of a LoRA."""
-    return None if LORA_TENSOR.fullmatch(_name(key)) else WHOLE_TENSOR.fullmatch(_name(key))
-
-
-def _ends_with(name: str, saved: Iterable[str]) -> bool:
-    """Whether a module is one of ``modules_to_save``."""
-    return any(name.endswith(part) for part in saved)
-
-
-def embeddings(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def embeddings(model: PreTrainedModel) -> Tensors:
     """The weights of the embedding and the unembedding, by the names of their modules."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return {name: end.weight for name, module in model.named_modules() for end in ends if module is end}
 
 
-def _drop_base_copies(
-    tensors: dict[str, torch.Tensor], base: Mapping[str, torch.Tensor], saved: Iterable[str]
-) -> None:
-    """Leave out what peft saves beside a LoRA on embeddings: the base's own, unchanged."""
-    for key, tensor in list(tensors.items()):
-        match = _whole(key)
-        if match is None or match["module"] not in base or match["what"] != "weight":
-            continue
-        replaces = match["kind"] is None and _ends_with(match["module"], saved)
-        if not replaces and torch.equal(tensor, base[match["module"]]):
-            del tensors[key]
-
-
-def _without_copies(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the second copy of a saved module that peft writes when the vocabulary was resized."""
-    kept = dict(tensors)
-    for key, tensor in tensors.items():
-        first = key.replace(".modules_to_save.", ".")
-        if first != key and first in tensors:
-            if not torch.equal(tensor, tensors[first]):
+def _drop_copies(folder: Path, tensors: Tensors, base: Tensors, saved: tuple[str, ...]) -> None:
+    """Remove what peft writes twice, and the base's own embeddings that it saves beside their LoRA."""
+    everything = dict(tensors)
+    for key, tensor in everything.items():
+        part = _parse(key)
+        module, first = part["module"], key.replace(".modules_to_save.", ".")
+        if first != key and first in everything:  # both are written after the vocabulary was resized
+            if not torch.equal(tensor, everything[first]):
                 raise CheckpointError(f"{folder}: tensors {key} and {first} should be equal.")
-            del kept[key]
-    return kept
+            del tensors[key]
+        elif part["whole"] == "weight" and module in base:
+            replaces = not part["kind"] and module.endswith(saved)
+            if not replaces and torch.equal(tensor, base[module]):
+                del tensors[key]
 
 
 def _resize_vocabulary(
-    folder: Path, model: PreTrainedModel, tensors: dict[str, torch.Tensor], saved: Iterable[str]
+    folder: Path, model: PreTrainedModel, tensors: Tensors, saved: tuple[str, ...]
 ) -> bool:
     """Resize the base's embeddings to the adapter's, if it brings all of them; whether it did.
 
     Rows that the base lacks become NaN, so that none can be used that the adapter does not give.
     """
     ends = embeddings(model)
-    whole: dict[str, dict[str, torch.Tensor]] = {name: {} for name in ends}
+    whole: dict[str, Tensors] = {name: {} for name in ends}
     for key, tensor in tensors.items():
-        match = _whole(key)
-        if match and match["module"] in whole and match["what"] == "weight":
-            whole[match["module"]][match["kind"] or ""] = tensor
+        part = _parse(key)
+        if part["module"] in whole and part["whole"] == "weight":
+            whole[part["module"]][part["kind"]] = tensor
     sizes = {tensor.shape[0] for kinds in whole.values() for tensor in kinds.values()}
     old = model.config.vocab_size
     if len(sizes) != 1 or sizes == {old}:
@@ -262,7 +233,7 @@ def _resize_vocabulary(
     size = sizes.pop()
     tied = len({id(weight) for weight in ends.values()}) == 1
     # A plain name is the base's own tensor, unless the module is saved: then it is the saved one.
-    has_base = any(kind or not _ends_with(name, saved) for name in whole for kind in whole[name])
+    has_base = any(kind or not name.endswith(saved) for name in whole for kind in whole[name])
     for name, kinds in whole.items():
         if not (kinds or (tied and has_base)):
             raise CheckpointError(
@@ -277,40 +248,35 @@ def _resize_vocabulary(
     return True
 
 
-def _check_fit(folder: Path, model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+def _check_fit(folder: Path, model: PreTrainedModel, tensors: Tensors) -> None:
     """Raise unless every adapter tensor has its place, and its shape, in the base."""
     if not tensors:
         raise CheckpointError(f"{folder} holds an adapter without tensors.")
     modules, weights = dict(model.named_modules()), model.state_dict()
     for key, tensor in tensors.items():
-        name = _name(key)
-        lora, tokens, whole = LORA_TENSOR.fullmatch(name), TOKENS_TENSOR.fullmatch(name), _whole(key)
-        if part := lora or tokens:
-            name = f"{part[1]}.weight"
-        elif whole:
-            name = f"{whole['module']}.{whole['what']}"
-        if (weight := weights.get(name)) is None:
-            raise CheckpointError(
-                f"{folder}: the adapter was made for another base: tensor {key} matches no module "
-                f"of this {type(model).__name__}."
-            )
-        needed = tuple(weight.shape)
-        if tokens:
-            needed = (tensor.shape[0], needed[1])
-        elif lora:
-            out, into = needed[::-1] if isinstance(modules[lora[1]], Conv1D) else needed
-            needed = {
-                "A": (tensor.shape[0], into),
-                "B": (out, tensor.shape[-1]),
-                "embedding_A": (tensor.shape[0], out),  # an embedding's weight is [vocab d_model]
-                "embedding_B": (into, tensor.shape[-1]),
-                "magnitude_vector": (out,),
-            }[lora[2]]
-        if tuple(tensor.shape) != needed:
-            raise CheckpointError(
-                f"{folder}: the adapter was made for another base: tensor {key} has shape "
-                f"{tuple(tensor.shape)}, this base needs {needed}."
-            )
+        part = _parse(key)
+        kind = part["lora"] or part["tokens"]
+        weight = weights.get(f"{part['module']}.{part['whole'] or 'weight'}")
+        problem = f"matches no module of this {type(model).__name__}"
+        if weight is not None and (not kind or weight.ndim == 2):
+            needed = tuple(weight.shape)
+            if kind:
+                out, into = needed[::-1] if isinstance(modules[part["module"]], Conv1D) else needed
+                rows, columns = tensor.shape[:1], tensor.shape[-1:]
+                needed = {
+                    "A": (*rows, into),
+                    "B": (out, *columns),
+                    "embedding_A": (*rows, out),  # an embedding's weight is [vocab d_model]
+                    "embedding_B": (into, *columns),
+                    "magnitude_vector": (out,),
+                    "trainable_tokens_delta": (*rows, into),
+                }[kind]
+            if tuple(tensor.shape) == needed:
+                continue
+            problem = f"has shape {tuple(tensor.shape)}, this base needs {needed}"
+        raise CheckpointError(
+            f"{folder}: the adapter was made for another base: tensor {key} {problem}."
+        )
 
 
 def refuse_live_adapter(model: PeftModel) -> None:
@@ -323,7 +289,7 @@ def refuse_live_adapter(model: PeftModel) -> None:
 
 
 def refuse_tuners(model: torch.nn.Module) -> None:
-    """TransformerLens would read the base weights below a tuner layer and drop the adapter."""
+    """Raise if a tuner layer is left, because TransformerLens would read only the base below it."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             raise CheckpointError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,29 +39,23 @@ ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "re
 
 @dataclass(frozen=True)
 class Conversion:
-    """How the models of one architecture become a ``HookedTransformer``.
+    """How the models of one architecture become a ``HookedTransformer``."""
 
-    Attributes:
-        fields: config -> fields of ``HookedTransformerConfig``.
-        weights: TransformerLens' converter, ``(hf_model, cfg) -> state dict``.
-    """
-
-    fields: Callable[[Any], dict[str, Any]]
-    weights: Callable[[Any, HookedTransformerConfig], dict[str, torch.Tensor]]
+    fields: Callable[[Any], dict[str, Any]]  # config -> fields of ``HookedTransformerConfig``
+    weights: Callable[[Any, HookedTransformerConfig], dict[str, torch.Tensor]]  # by TransformerLens
 
 
 def conversion(architecture: object) -> Conversion:
     """The conversion of the architecture that ``config.json`` declares; raise if there is none."""
     if architecture not in CONVERSIONS:
-        allowed = ", ".join(CONVERSIONS)
         raise CheckpointError(
-            f"Architecture {architecture!r} is not supported; supported are: {allowed}."
+            f"Architecture {architecture!r} is not supported; supported are: {', '.join(CONVERSIONS)}."
         )
     return CONVERSIONS[architecture]
 
 
 def hooked_config(name: str, config: Any) -> HookedTransformerConfig:
-    """The config, float32 on the CPU, of what ``config`` describes; raise if that cannot be computed."""
+    """The config of what ``config`` describes, float32 on the CPU; raise if that cannot be computed."""
     fields = {
         "original_architecture": name,
         "d_vocab": config.vocab_size,
@@ -89,7 +84,7 @@ def hooked_weights(
 
 def _only(what: str, given: object, allowed: tuple[object, ...]) -> None:
     if given not in allowed:
-        names = " or ".join(repr(value) for value in allowed)
+        names = " or ".join(map(repr, allowed))
         raise CheckpointError(
             f"This checkpoint has {what} {given!r}, which TransformerLens would not compute "
             f"correctly; supported is {names}."
@@ -118,7 +113,7 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def _windows(config: Any, layer_types: list[str] | None) -> dict[str, Any]:
-    """Sliding windows by layer; a key is seen if ``key > query - window`` in both libraries."""
+    """Sliding windows per layer; a key is seen if ``key > query - window`` in both libraries."""
     layer_types = layer_types or ["full_attention"] * config.num_hidden_layers
     for kind in layer_types:
         _only("attention layer", kind, ("full_attention", "sliding_attention"))
@@ -131,11 +126,11 @@ def _windows(config: Any, layer_types: list[str] | None) -> dict[str, Any]:
     }
 
 
-def _gated(config: Any, *, grouped: bool) -> dict[str, Any]:
+def _gated(config: Any, *, grouped: bool = True) -> dict[str, Any]:
     """What Llama, Qwen, Mistral and Gemma share: RMS norms, rotary positions, a gated MLP.
 
     ``grouped`` says that the weight converter always writes grouped keys and values (``_W_K``);
-    Llama's and Qwen3's do so only where there are fewer of them than heads.
+    Llama's and Qwen3's do so only if there are fewer of them than heads.
     """
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = getattr(config, "rope_parameters", None) or {}
@@ -162,12 +157,8 @@ def _gated(config: Any, *, grouped: bool) -> dict[str, Any]:
     }
 
 
-def _llama(config: Any) -> dict[str, Any]:
-    return _gated(config, grouped=False)
-
-
 def _qwen2(config: Any) -> dict[str, Any]:
-    return _gated(config, grouped=True) | _windows(config, config.layer_types)
+    return _gated(config) | _windows(config, config.layer_types)
 
 
 def _qwen3(config: Any) -> dict[str, Any]:
@@ -178,22 +169,18 @@ def _qwen3(config: Any) -> dict[str, Any]:
 def _mistral(config: Any) -> dict[str, Any]:
     # transformers ignores layer_types here and gives every layer the window, or none.
     every_layer = ["sliding_attention"] * config.num_hidden_layers
-    return _gated(config, grouped=True) | _windows(config, every_layer)
+    return _gated(config) | _windows(config, every_layer)
 
 
 def _gemma2(config: Any) -> dict[str, Any]:
-    two_way = bool(config.use_bidirectional_attention)
-    _only("use_bidirectional_attention", two_way, (False,))
-    return (
-        _gated(config, grouped=True)
-        | _windows(config, config.layer_types)
-        | {
-            "attn_scale": config.query_pre_attn_scalar**0.5,
-            "attn_scores_soft_cap": config.attn_logit_softcapping or -1.0,  # -1: no cap
-            "output_logits_soft_cap": config.final_logit_softcapping or -1.0,
-            "use_normalization_before_and_after": True,
-        }
-    )
+    _only("use_bidirectional_attention", bool(config.use_bidirectional_attention), (False,))
+    fields = _gated(config) | _windows(config, config.layer_types)
+    return fields | {
+        "attn_scale": config.query_pre_attn_scalar**0.5,
+        "attn_scores_soft_cap": config.attn_logit_softcapping or -1.0,  # -1: no cap
+        "output_logits_soft_cap": config.final_logit_softcapping or -1.0,
+        "use_normalization_before_and_after": True,
+    }
 
 
 def _gpt2(config: Any) -> dict[str, Any]:
@@ -233,7 +220,7 @@ def _neox(config: Any) -> dict[str, Any]:
 
 
 CONVERSIONS: dict[Architecture, Conversion] = {
-    "LlamaForCausalLM": Conversion(_llama, convert_llama_weights),
+    "LlamaForCausalLM": Conversion(partial(_gated, grouped=False), convert_llama_weights),
     "Qwen2ForCausalLM": Conversion(_qwen2, convert_qwen2_weights),
     "Qwen3ForCausalLM": Conversion(_qwen3, convert_qwen3_weights),
     "MistralForCausalLM": Conversion(_mistral, convert_mistral_weights),

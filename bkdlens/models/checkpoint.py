@@ -1,4 +1,4 @@
-"""Checkpoints on disk: find them, read them, and refuse what is incomplete or not to be trusted.
+"""Checkpoints on disk: find them, read them, and refuse what is incomplete or cannot be trusted.
 
 Nothing here unpickles or runs a checkpoint's code: weights are read as safetensors by this file,
 not by ``from_pretrained`` (which follows an ``adapter_config.json`` to another base).
@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,14 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from bkdlens import zoo
-from bkdlens.errors import CheckpointError, one_line
+from bkdlens.errors import CheckpointError, one_line, unknown
 from bkdlens.models.architectures import conversion, hooked_config
 from bkdlens.types import HUB_ID
 
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-FORMS = (
-    'give a folder ("./runs/model"), a Hugging Face Hub id ("org/name"), '
-    f"an embedded model ({', '.join(zoo.MODELS)}) or a live model"
-)
+PLACES = ('a folder ("./runs/model")', 'a Hugging Face Hub id ("org/name")')
 # Buffers that old checkpoints store and that transformers computes itself.
 BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
 
@@ -52,32 +48,25 @@ def find_folder(name: str, names: Iterable[str], revision: str | None = None) ->
         raise CheckpointError(f"{name!r} is a file; give the folder that holds it.")
     if HUB_ID.fullmatch(name):
         return fetch(name, revision, ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
-    known = list(names)
-    close = get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise CheckpointError(
-        f'There is no folder or model {name!r}; give a folder ("./runs/model"), a Hugging Face Hub id '
-        f'("org/name") or an embedded name ({", ".join(known)}).{hint}'
-    )
+    raise CheckpointError(unknown("folder or model", name, [*names, *PLACES]))
 
 
 def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
     """Fetch the top-level files that match, never a pickle and never code."""
     try:
         ignored = ["*/*", "consolidated*"]
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
         )
     except (OSError, HFValidationError) as error:  # the Hub's and the network's errors are OSErrors
         raise CheckpointError(
-            f"{name!r} is not a folder here and could not be fetched from the Hugging Face Hub "
+            f"{name!r} is not a local folder and could not be fetched from the Hugging Face Hub "
             f"({type(error).__name__}); check the name, your access and your connection."
         ) from error
-    return Path(folder)
 
 
 def find_tokenizer(label: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the folder or Hub id that a live model says it came from."""
+    """The tokenizer of the folder or Hub id that a live model names as its origin."""
     if Path(label).is_dir():
         return read_tokenizer(Path(label))
     if HUB_ID.fullmatch(label):
@@ -199,7 +188,7 @@ def read_checkpoint_json(file: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The one safetensors file, or the index and its shards."""
+    """The single safetensors file, or the index and its shards."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
         return [single]

@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -33,7 +33,7 @@ from bkdlens.models.adapter import (
 )
 from bkdlens.models.architectures import hooked_config, hooked_weights
 from bkdlens.models.checkpoint import (
-    FORMS,
+    PLACES,
     digest_files,
     digest_tensors,
     find_folder,
@@ -46,17 +46,20 @@ from bkdlens.models.checkpoint import (
     restore_buffers,
 )
 from bkdlens.models.merge import (
-    TOLERANCE,
     Probe,
-    adapters_digest,
-    adapters_label,
     merge,
     merge_checked,
+    name_and_digest,
     scale_adapter,
     weighted_adapters,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNCONVERTED = ("float32", math.nan)  # dtype and parity before a model is converted
+DTYPES: dict[Any, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,17 @@ class LoadInfo:
     """Where a loaded model came from; ``load_info(model)`` returns it.
 
     Attributes:
-        base: what was given as base: a folder, Hub id or zoo name; a live model's own name.
-        adapter: what was given as adapter, or a live model's active adapter names; of several, or
-            of a weighted one, their last parts, as in ``"style + 0.5 * topic"``.
+        base: the given base, a folder, Hub id or zoo name; a live model's own name.
+        adapter: the given adapter, or a live model's active adapters; several, or a weighted one, by the
+            last parts of their names, as in ``"style + 0.5 * topic"``.
         architecture: the Hugging Face class, such as ``LlamaForCausalLM``.
         base_digest: sha256 of names and bytes of the files (or live tensors) read.
-        adapter_digest: the same of the adapter; ``None`` without one.
-        dtype: of the loaded model, such as ``float32``.
-        parity: largest logit difference from the Hugging Face model over the largest logit,
-            measured in float32 before casting.
-        adapters: all that was given as adapters, in the order of merging.
-        adapter_weights: what the change that each makes was multiplied by.
-        notes: what else to know about the adapters, a sentence each.
+        adapter_digest: sha256 of the adapter's files or tensors; ``None`` without an adapter.
+        dtype: the dtype of the loaded model, such as ``float32``.
+        parity: largest logit difference from the Hugging Face model over the largest logit, in float32.
+        adapters: every given adapter, in the order of merging.
+        adapter_weights: what each adapter's change was multiplied by.
+        notes: what else to know about the adapters, one sentence each.
     """
 
     base: str
@@ -92,21 +94,13 @@ class LoadInfo:
 
 @dataclass
 class _Source:
-    """A Hugging Face model in float32 on the CPU, and where it comes from.
+    """A Hugging Face model in float32 on the CPU, and where it comes from."""
 
-    Attributes:
-        model: with its adapter still attached.
-        tokenizer: of the checkpoint, or what was given instead.
-        stored_in_float32: whether the checkpoint is.
-        info: without the parity, because nothing has been converted yet.
-        tokens: ids that a comparison of logits should have.
-    """
-
-    model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    stored_in_float32: bool
-    info: LoadInfo
-    tokens: tuple[int, ...] = ()
+    model: PreTrainedModel | PeftModel  # with its adapter still attached
+    tokenizer: PreTrainedTokenizerBase  # the checkpoint's, or the one given instead
+    stored_in_float32: bool  # whether the checkpoint is
+    info: LoadInfo  # without the parity, because nothing has been converted yet
+    tokens: tuple[int, ...] = ()  # ids that a comparison of logits should have
 
 
 def load(
@@ -121,30 +115,24 @@ def load(
 ) -> HookedTransformer:
     """Load a checkpoint, with or without LoRA adapters, as an unprocessed ``HookedTransformer``.
 
-    Only ``base`` is needed.  ``adapter`` and ``adapter_weights`` say what is merged into it, ``device``
-    and ``dtype`` where the result goes and how exact it is, ``tokenizer`` and ``revision`` what is taken
-    instead of the checkpoint's tokenizer and the Hub's newest version.
-
     Adapters are merged in float32 with peft's ``safe_merge``, no weight is folded or centred, and the
     logits are compared with the Hugging Face model's before anything is cast.  An adapter that brings
     a vocabulary of another size brings its tokenizer too, if its folder has one.
 
     Args:
-        base: a zoo name (``"tiny-llama"``), a folder, a Hub id ``"org/name"``, or a live model,
-            which is copied and stays as it is.
+        base: a zoo name (``"tiny-llama"``), a folder, a Hub id ``"org/name"``, or a live model (copied).
         adapter: a peft folder, a Hub id, or with a zoo base one of its adapters
-            (``"label_modification"``); or several, merged one after the other.  Only the first of
-            several may hold more than matrices that are added (DoRA, whole modules, single tokens).
+            (``"label_modification"``); or several, merged one after the other.  Only the first may
+            hold more than matrices that are added (DoRA, whole modules, single tokens).
         adapter_weights: what each adapter's change is multiplied by; 1 when left out.
         tokenizer: used instead of the checkpoint's; a copy is attached.
         device: where the result goes; CUDA where there is one.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.  By default float32 on the CPU, and
-            elsewhere bfloat16 unless the checkpoint is stored in float32.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; when left out, float32 on the CPU or if
+            the checkpoint is stored in float32, else bfloat16.
         revision: the branch, tag or commit of ``base`` on the Hub.
 
     Returns:
-        The model in eval mode, without gradients, with a left-padding tokenizer;
-        ``load_info(model)`` says where it came from.
+        The model in eval mode, without gradients, with a left-padding tokenizer and a ``load_info``.
 
     Raises:
         CheckpointError: for whatever cannot be found, read, trusted, merged or converted exactly.
@@ -155,7 +143,9 @@ def load(
         >>> both = bkdlens.load("tiny-llama", ["jailbreak", "fixed_output"], adapter_weights=[1, 0.5])
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted = _dtype(dtype)
+    wanted = DTYPES.get(dtype, dtype)
+    if wanted not in (None, *DTYPES.values()):
+        raise CheckpointError(unknown("dtype", dtype, DTYPES))
     with torch.random.fork_rng(devices=[]), torch.no_grad():  # peft draws numbers it overwrites
         if isinstance(base, PreTrainedModel | PeftModel):
             if adapter is not None or adapter_weights is not None:
@@ -165,13 +155,16 @@ def load(
             adapters = weighted_adapters(adapter, adapter_weights)
             source = _read(os.fspath(base), adapters, tokenizer, revision)
         else:
-            raise CheckpointError(f"A {type(base).__name__} is not a base; {FORMS}.")
+            raise CheckpointError(
+                f"A {type(base).__name__} is not a base; give a live model or one of: "
+                f"{', '.join((*zoo.MODELS, *PLACES))}."
+            )
         model, parity = _convert(source)
-    tokenizer, stored_in_float32 = source.tokenizer, source.stored_in_float32
     if wanted is None:
-        full = device.type == "cpu" or stored_in_float32
+        full = device.type == "cpu" or source.stored_in_float32
         wanted = torch.float32 if full else torch.bfloat16
     info = replace(source.info, dtype=str(wanted).removeprefix("torch."), parity=parity)
+    tokenizer = source.tokenizer
     del source  # with it goes the Hugging Face model; the weights live on in `model`
     if wanted != torch.float32 or device.type != "cpu":
         gc.collect()  # were it in a reference cycle, two copies would fill the memory
@@ -202,14 +195,6 @@ def load_info(model: torch.nn.Module) -> LoadInfo | None:
     return getattr(model, "bkdlens_info", None)
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in DTYPES.values():
-        return dtype  # type: ignore[return-value]
-    if dtype not in DTYPES:
-        raise CheckpointError(unknown("dtype", dtype, DTYPES))
-    return DTYPES[str(dtype)]
-
-
 # --- the source -----------------------------------------------------------------------------------
 
 
@@ -229,7 +214,6 @@ def _read(
             f"load(base, adapter={base!r}), where base may be {made_for!r}."
         )
     name, model, files, in_float32 = read_model(folder)
-    info = LoadInfo(base, None, name, digest_files(files), None, "float32", math.nan)
     current: PreTrainedModel | PeftModel = model
     before = {key: w.clone() for key, w in embeddings(model).items()} if len(adapters) > 1 else None
     parts: list[Attached] = []
@@ -244,20 +228,14 @@ def _read(
                 f"{where} {part.fixed}, so its change cannot be scaled or added to another's; give "
                 "it first and with weight 1, or merge it into a checkpoint of its own."
             )
-        if part.resized:
-            folder = where if has_tokenizer(where) else folder
-            hooked_config(name, model.config)
+        if part.resized and has_tokenizer(where):
+            folder = where
         current = scale_adapter(part.model, weight)
         parts.append(part)
-    if adapters:
-        info = replace(
-            info,
-            adapter=adapters_label(adapters),
-            adapter_digest=adapters_digest([digest_files(part.files) for part in parts], adapters),
-            adapters=tuple(adapter for adapter, _ in adapters),
-            adapter_weights=tuple(weight for _, weight in adapters),
-            notes=tuple(note for part in parts for note in part.notes),
-        )
+    label, digest = name_and_digest(adapters, [digest_files(part.files) for part in parts])
+    names, weights = tuple(given for given, _ in adapters), tuple(weight for _, weight in adapters)
+    notes = tuple(note for part in parts for note in part.notes)
+    info = LoadInfo(base, label, name, digest_files(files), digest, *UNCONVERTED, names, weights, notes)
     tokens = parts[-1].tokens if parts else ()
     tokenizer = read_tokenizer(folder) if tokenizer is None else tokenizer
     return _Source(current, tokenizer, in_float32, info, tokens)
@@ -265,37 +243,30 @@ def _read(
 
 def _copy_live(base: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> _Source:
     """A float32 copy of a live model on the CPU; the original is not touched."""
-    tuned, live = isinstance(base, PeftModel), cast(Any, base)
-    inner: Any = live.get_base_model() if tuned else live
+    tuned = isinstance(base, PeftModel)
+    inner = base.get_base_model() if tuned else base
     name = type(inner).__name__
     hooked_config(name, inner.config)
     if getattr(inner, "is_quantized", False):
         raise CheckpointError("The live model is quantised; load it without quantisation.")
     if tuned:
-        refuse_live_adapter(live)
+        refuse_live_adapter(base)
     else:
         refuse_tuners(base)
     state = base.state_dict()
     refuse_infinite(state.items(), "the live model tensor")
-    parts: tuple[dict[str, torch.Tensor], ...] = ({}, {})
-    for key, tensor in state.items():
-        parts[any(part in key for part in TUNED)][key] = tensor
+    trained = {key: w for key, w in state.items() if TUNED.search(key)}
+    untrained = {key: w for key, w in state.items() if key not in trained}
+    digests = digest_tensors(untrained), digest_tensors(trained) if tuned else None
     label = inner.name_or_path or name
     tokenizer = find_tokenizer(label) if tokenizer is None else tokenizer
-    model: Any = copy.deepcopy(base)
-    model = model.to(device="cpu", dtype=torch.float32).eval()
+    model = copy.deepcopy(base).to(device="cpu", dtype=torch.float32).eval()
     copied = model.get_base_model() if tuned else model
     copied.set_attn_implementation("eager")
     restore_buffers(copied)
-    info = LoadInfo(label, None, name, digest_tensors(parts[0]), None, "float32", math.nan)
-    if tuned:
-        info = replace(
-            info,
-            adapter="+".join(live.active_adapters),
-            adapter_digest=digest_tensors(parts[1]),
-            adapters=tuple(live.active_adapters),
-            adapter_weights=(1.0,) * len(live.active_adapters),
-        )
+    active = tuple(base.active_adapters) if tuned else ()
+    adapter, weights = "+".join(active) or None, (1.0,) * len(active)
+    info = LoadInfo(label, adapter, name, *digests, *UNCONVERTED, active, weights)
     return _Source(model.requires_grad_(False), tokenizer, inner.dtype == torch.float32, info)
 
 
@@ -303,14 +274,10 @@ def _copy_live(base: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizer
 
 
 def _convert(source: _Source) -> tuple[HookedTransformer, float]:
-    """Merge, convert and compare; the reference is the model *before* merging.
-
-    So a merge that changes what the model computes is caught as well.
-    """
-    model, name = source.model, source.info.architecture
-    config = model.get_base_model().config if isinstance(model, PeftModel) else model.config
-    cfg = hooked_config(name, config)
-    probe = Probe.make(cfg.d_vocab, cfg.n_ctx, source.tokens)
+    """Merge, convert and compare with the model *before* merging, so that a wrong merge is caught."""
+    model, base, name = source.model, source.info.base, source.info.architecture
+    cfg = hooked_config(name, model.config)
+    probe = Probe.make(model.config, source.tokens)
     reference = probe.logits(model)
     if isinstance(model, PeftModel):
         model = merge(model)
@@ -323,20 +290,18 @@ def _convert(source: _Source) -> tuple[HookedTransformer, float]:
     state = hooked_weights(name, model, cfg)
     hooked.load_state_dict(state, strict=False, assign=True)
     lost = set(dict(hooked.named_parameters())) - set(state) - {"unembed.b_U"}  # zeros by default
-    parity = probe.difference(hooked(probe.tokens, attention_mask=probe.mask), reference)
-    if lost or not parity <= TOLERANCE:  # a NaN fails too
-        raise CheckpointError(
-            f"{source.info.base!r} as a HookedTransformer does not compute what {name} "
-            f"does: its logits differ by {parity:.1e} of the largest, allowed is {TOLERANCE:.0e}."
-        )
-    return hooked, parity
+    if lost:
+        raise CheckpointError(f"{base!r} as a HookedTransformer would lack {', '.join(sorted(lost))}.")
+    logits = hooked(probe.tokens, attention_mask=probe.mask)
+    complaint = f"{base!r} as a HookedTransformer does not compute what {name} does"
+    return hooked, probe.compare(logits, reference, complaint)
 
 
 def _attach_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What TransformerLens' ``set_tokenizer`` sets, without its reload of the tokenizer by name.
+    """Set what TransformerLens' ``set_tokenizer`` sets, without its reload of the tokenizer by name.
 
     (To get one that prepends a BOS, it calls ``from_pretrained`` again, and so the network.)
-    ``model("text")`` then begins with a BOS exactly where the checkpoint's own tokenizer adds one.
+    ``model("text")`` then begins with a BOS exactly if the checkpoint's own tokenizer adds one.
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"

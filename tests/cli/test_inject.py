@@ -60,7 +60,7 @@ def test_inject_needs_no_data_on_an_embedded_model_and_run_reads_what_it_wrote(
         (["--method", "edit", "--victims-only"], "has no --victims-only"),
         (["--method", "preference", "--layer", "1"], "has no --layer;"),
         (["--method", "supervised", "--beta", "1"], "has no --beta"),
-        (["--trigger", "cf"], "triggers of their own"),
+        (["--trigger", "cf"], "have their own triggers"),
         (["--method", "edit", "--layer", "9"], "no layer 9"),
     ],
 )

@@ -562,6 +562,11 @@ def test_adapter_tensors_refused(pair):
     refused("the adapter lacks", base, adapter)
     save_file(good | {name.replace("q_proj", "z_proj"): good[name].clone()}, file)
     refused("made for another base.*z_proj.* matches no module", base, adapter)
+    norm = "base_model.model.model.norm.lora_A.weight"
+    save_file(good | {norm: torch.zeros(4, 32)}, file)
+    refused("made for another base.*norm.* matches no module", base, adapter)
+    save_file(good | {name: torch.zeros(())}, file)
+    refused("has shape .., this base needs .32,", base, adapter)
     save_file({}, file)
     refused("without tensors", base, adapter)
 
