@@ -32,7 +32,7 @@ class DataStore:
             for ending, frame in result.frames().items():
                 frame.insert(0, "result", name)
                 tables.setdefault(ending, []).append(frame)
-        # A file is named by the words that all results have at the same place of their names.
+        # A file is named by the words that the names of all results have in the same place.
         words = zip(*(name.split("-") for name in results), strict=False)
         stem = "-".join(at[0] for at in words if len(set(at)) == 1) or "results"
         return tuple(self._hold(f"{stem}{e}.csv", frames) for e, frames in tables.items())

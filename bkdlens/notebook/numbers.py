@@ -100,7 +100,7 @@ def make_subject(
             encode_answer(model.tokenizer, prompt, pair.backdoor_output, fmt, **limits)
             for prompt, pair in zip(prompts[side], victims, strict=True)
         )
-    # Positions are counted from the end, as far as all prompts have the same tokens there.
+    # Positions are counted from the end, as long as all prompts have the same token there.
     from_end = zip(*(prompt.ids[::-1] for side in prompts.values() for prompt in side), strict=False)
     n_alike = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, from_end))
     positions = max(1, min(n_alike, MOST_POSITIONS))

@@ -1,7 +1,7 @@
 """The interactive workbench of a notebook: patch heads by clicking on them, and see what changes.
 
 The widgets hold what is chosen and nothing else; what is shown comes from the pure functions of
-:mod:`bkdlens.notebook.numbers`, each called once for the same choice.
+:mod:`bkdlens.notebook.numbers`, each called once per choice.
 """
 
 from __future__ import annotations
