@@ -1,4 +1,4 @@
-"""The numbers behind the report's figures as csv texts, each held once a page."""
+"""The numbers behind the report's figures as csv texts, each held once per page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bkdlens.results import Result
 
 @dataclass(frozen=True)
 class DataLink:
-    """A link to one csv text of the page: the file's name, and the element that holds the text."""
+    """A link to one csv text of the page: the file's ``name``, and the ``id`` of the element with it."""
 
     name: str
     id: str
@@ -32,25 +32,17 @@ class DataStore:
             for ending, frame in result.frames().items():
                 frame.insert(0, "result", name)
                 tables.setdefault(ending, []).append(frame)
-        stem = _common(results)
+        # A file is named by the words that the names of all results have in the same place.
+        words = zip(*(name.split("-") for name in results), strict=False)
+        stem = "-".join(at[0] for at in words if len(set(at)) == 1) or "results"
         return tuple(self._hold(f"{stem}{e}.csv", frames) for e, frames in tables.items())
 
     def _hold(self, name: str, frames: list[pd.DataFrame]) -> DataLink:
-        whole = frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
+        whole = pd.concat(frames, ignore_index=True)
         text = whole.to_csv(index=False, float_format="%.6g", lineterminator="\n")
         key = (f"{self.anchor}-{name}", text)
         return DataLink(name, self.texts.setdefault(key, f"{self.anchor}-csv{len(self.texts) + 1}"))
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Pairs of id and text."""
-        return iter([(where, text) for (_, text), where in self.texts.items()])
-
-
-def _common(results: Mapping[str, Result]) -> str:
-    """A file name for several results: what their names have in common at the start."""
-    names = list(results)
-    if len(names) == 1:
-        return names[0]
-    parts = [name.split("-") for name in names]
-    same = [words[0] for words in zip(*parts, strict=False) if len(set(words)) == 1]
-    return "-".join(same) or "results"
+        return ((element, text) for (_, text), element in self.texts.items())

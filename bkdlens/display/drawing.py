@@ -18,13 +18,13 @@ from bkdlens.results import Result
 class Figure:
     """A figure ready for the template: its title goes into html, where it can wrap."""
 
-    id: str
-    title: str
-    note: str
-    height: int
-    min_width: int
-    data: Markup
-    links: tuple[DataLink, ...] = ()  # to the numbers behind it
+    id: str  # of its element, unique on the page
+    title: str  # as plain text
+    note: str  # the subtitle as plain text
+    height: int  # pixels
+    min_width: int  # pixels, below which it scrolls sideways
+    data: Markup  # json for plotly
+    links: tuple[DataLink, ...]  # to the numbers behind it
 
 
 class Drawer:
@@ -36,37 +36,28 @@ class Drawer:
     def __call__(
         self,
         fig: go.Figure,
-        min_width: int | None = None,
+        min_width: int | None = None,  # by its columns for None
         on: str = "",
-        data: Mapping[str, Result] | None = None,
+        data: Mapping[str, Result] | None = None,  # the results behind it by name
     ) -> Figure:
-        """The figure for the page.
-
-        Args:
-            fig: from :mod:`bkdlens.plot`; its title and margins move to the page.
-            min_width: below it the figure scrolls sideways; by its columns for None.
-            on: ends the title.
-            data: the results behind it by name, which it links to.
-        """
+        """The figure with its title (and ``on``) and margins moved to the page, linked to its data."""
         self.n += 1
-        title, note = (
-            _unmarked(text) for text in (fig.layout.title.text, fig.layout.title.subtitle.text)
-        )
-        panels = sum(1 for name in fig.layout if name.startswith("xaxis"))
-        columns = len({fig.layout[name].domain for name in fig.layout if name.startswith("xaxis")})
-        titled = any((a.yref, a.y) == ("paper", 1.0) for a in fig.layout.annotations) or panels > 1
-        fig.layout.title = None
-        top = 30 if titled else 12
-        height = int(fig.layout.height) - int(fig.layout.margin.t) + top
-        fig.layout.margin = {"l": 48, "r": 10, "t": top, "b": 40}
-        fig.layout.height = height
+        layout = fig.layout
+        title, note = map(_unmarked, (layout.title.text, layout.title.subtitle.text))
+        domains = [layout[name].domain for name in layout if name.startswith("xaxis")]
+        columns = len(set(domains))
+        over = len(domains) > 1 or any((a.yref, a.y) == ("paper", 1.0) for a in layout.annotations)
+        top = 30 if over else 12  # room for the titles of panels
+        height = int(layout.height) - int(layout.margin.t) + top
+        layout.title, layout.height = None, height
+        layout.margin = {"l": 48, "r": 10, "t": top, "b": 40}
         text = fig.to_json()
         for sign, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
             text = text.replace(sign, code)
         if min_width is None:
             min_width = 260 * columns if columns > 1 else 0
-        return Figure(f"{self.anchor}-f{self.n}", title + on, note, height, min_width, Markup(text),
-                      self.store.add(data or {}))  # fmt: skip
+        name, links = f"{self.anchor}-f{self.n}", self.store.add(data or {})
+        return Figure(name, title + on, note, height, min_width, Markup(text), links)
 
 
 def _unmarked(text: str | None) -> str:

@@ -12,13 +12,18 @@ from torch import Tensor
 from bkdlens.display.style import BLUE, GREEN, INK, ORANGE, rounded
 from bkdlens.metrics import Rate
 
-# What ablation and steering draw: title, colour, dash and marker of each count.
+# Colour, dash and marker of each count in figures of ablation and steering.
 QUANTITIES = {
-    "attack": ("attack success", ORANGE, "solid", "circle"),
-    "correct": ("right answer restored", GREEN, "dash", "triangle-up"),
-    "clean": ("clean accuracy", BLUE, "dot", "square"),
+    "attack": (ORANGE, "solid", "circle"),
+    "correct": (GREEN, "dash", "triangle-up"),
+    "clean": (BLUE, "dot", "square"),
 }
 PERCENT_AXIS = {"range": [-3, 103], "tickvals": [0, 25, 50, 75, 100]}
+# The hover text of a rate after its value; the trace's ``customdata`` begins with :func:`counts`.
+COUNTED = (
+    " % (%{customdata[0]:d} of %{customdata[1]:d})<br>"
+    "95 % interval [%{customdata[2]:.1f}, %{customdata[3]:.1f}]"
+)
 
 
 def rate_trace(
@@ -26,16 +31,16 @@ def rate_trace(
     rates: Sequence[Rate],
     where: str,
     *,
+    kind: type[go.Scatter | go.Bar] = go.Scatter,
     interval: bool = True,
     after: str = "",
-    **style: object,
-) -> go.Scatter:
+    **style: Any,
+) -> Any:
     """Rates along ``x``, which the hover text calls ``where``; ``after`` ends that text."""
-    return go.Scatter(
-        x=list(x), y=[percent(rate.value) for rate in rates], customdata=counts(rates),
-        error_y=error_bars(rates) if interval else None,
-        hovertemplate=hover(where, str(style.get("name", "")), after), **style,
-    )  # fmt: skip
+    hover = f"{where}: %{{y:.1f}}{COUNTED}{after}<extra>{style.get('name', '')}</extra>"
+    y, errors = [percent(rate.value) for rate in rates], error_bars(rates) if interval else None
+    data = [counts(rate) for rate in rates]
+    return kind(x=list(x), y=y, error_y=errors, customdata=data, hovertemplate=hover, **style)
 
 
 def marked_line(colour: str, dash: str, symbol: str, size: int = 8) -> dict[str, Any]:
@@ -56,50 +61,36 @@ def band(
     if not draws.numel():
         return []
     low, high, mean = draws.amin(-1), draws.amax(-1), draws.mean(-1)
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    single = len(x) == 1
-    line = go.Scatter(
-        x=list(x), y=rounded(mean), mode="markers" if single else "lines", name=name,
-        legendgroup=name, showlegend=legend, line={"color": colour, "dash": dash, "width": 1.6},
-        marker={"color": colour, "symbol": "line-ew-open", "size": 10},
-        error_y={"type": "data", "array": rounded(high - mean), "thickness": 5, "width": 0,
-                 "arrayminus": rounded(mean - low), "color": f"rgba({red},{green},{blue},0.35)"}
-        if single else None,
-        customdata=rounded(torch.stack([low, high], -1)),
-        hovertemplate=f"mean of {draws.shape[-1]} draws %{{y:.1f}} %<br>"
-        "from %{customdata[0]:.1f} % to %{customdata[1]:.1f} %" + f"<extra>{name}</extra>",
-    )  # fmt: skip
-    if single:
-        return [line]
-    area = go.Scatter(
-        x=[*x, *reversed(x)], y=[*rounded(high), *rounded(low.flip(0))], fill="toself",
-        fillcolor=f"rgba({red},{green},{blue},0.16)", line={"width": 0}, mode="lines",
-        hoverinfo="skip", name=name, legendgroup=name, showlegend=False,
-    )  # fmt: skip
-    return [area, line]
+    pale = "rgba({},{},{},{{}})".format(*(int(colour[i : i + 2], 16) for i in (1, 3, 5)))
+    line = go.Scatter(x=list(x), y=rounded(mean), mode="lines", **in_legend(name, name, legend))
+    line.line = {"color": colour, "dash": dash, "width": 1.6}
+    line.marker = {"color": colour, "symbol": "line-ew-open", "size": 10}
+    line.customdata = rounded(torch.stack([low, high], -1))
+    line.hovertemplate = (
+        f"mean of {draws.shape[-1]} draws %{{y:.1f}} %<br>"
+        f"from %{{customdata[0]:.1f}} % to %{{customdata[1]:.1f}} %<extra>{name}</extra>"
+    )
+    if len(x) == 1:  # a line through one point cannot be seen: a marker on a thick bar
+        ends = {"array": rounded(high - mean), "arrayminus": rounded(mean - low)}
+        bar = {"type": "data", "thickness": 5, "width": 0, "color": pale.format(0.35)}
+        return [line.update(mode="markers", error_y=bar | ends)]
+    area = go.Scatter(x=[*x, *reversed(x)], y=[*rounded(high), *rounded(low.flip(0))], mode="lines")
+    area.update(fill="toself", fillcolor=pale.format(0.16), line={"width": 0}, hoverinfo="skip")
+    return [area.update(in_legend(name, name, False)), line]
 
 
-def hover(where: str, name: str, after: str = "") -> str:
-    """The hover text of a rate whose ``customdata`` is from :func:`counts`."""
-    return (
-        where + ": %{y:.1f} % (%{customdata[0]:d} of %{customdata[1]:d})<br>"
-        "95 % interval [%{customdata[2]:.1f}, %{customdata[3]:.1f}]" + after
-        + f"<extra>{name}</extra>"
-    )  # fmt: skip
-
-
-def counts(rates: Sequence[Rate]) -> list[list[int | float]]:
+def counts(rate: Rate) -> list[int | float]:
     """Successes, number, and both ends of the interval in per cent."""
-    return [[r.successes, r.n, *(percent(end) for end in r.interval)] for r in rates]
+    return [rate.successes, rate.n, *map(percent, rate.interval)]
 
 
 def error_bars(rates: Sequence[Rate]) -> dict[str, object]:
     """The 95 % Wilson intervals, for ``error_y``."""
-    return {
-        "type": "data", "symmetric": False, "thickness": 1.2, "width": 3, "color": INK,
+    ends = {
         "array": [percent(rate.interval[1] - rate.value) for rate in rates],
         "arrayminus": [percent(rate.value - rate.interval[0]) for rate in rates],
-    }  # fmt: skip
+    }
+    return {"type": "data", "symmetric": False, "thickness": 1.2, "width": 3, "color": INK} | ends
 
 
 def percent(share: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
@@ -13,28 +13,23 @@ from torch import Tensor
 
 from bkdlens.results import Result
 
-INK, MUTED, LINES = "#1f2933", "#5f6b7a", "#e4e7eb"
+INK, MUTED, LINES, EDGE = "#1f2933", "#5f6b7a", "#e4e7eb", "#9aa5b1"
 ORANGE, BLUE, GREEN, GREY, PURPLE = "#c4500c", "#0072b2", "#00805a", "#7b8794", "#8a4a94"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
-# Blue to orange stays apart for every common colour blindness; in grey the two ends look alike, so
-# negative cells carry a minus sign as well.
-DIVERGING = [
-    [0.0, "#0b4a82"], [0.25, "#6ea6d2"], [0.5, "#ffffff"], [0.75, "#f0a367"], [1.0, "#9a3a02"],
-]  # fmt: skip
-SEQUENTIAL = [[0.0, "#ffffff"], [0.35, "#b9d7ea"], [0.7, "#3f87bd"], [1.0, "#08306b"]]
+FAINT = {"color": MUTED, "width": 1, "dash": "2px,3px"}  # a line to compare with
+SMALL = {"size": 11, "color": MUTED}  # the font of a remark in a panel
 
-_AXIS = {
-    "gridcolor": LINES, "linecolor": "#9aa5b1", "zeroline": False, "ticks": "outside",
-    "ticklen": 4, "tickcolor": "#9aa5b1",
-    "title": {"standoff": 8, "font": {"size": 12.5}}, "automargin": True,
-}  # fmt: skip
+_TICKS = {"ticks": "outside", "ticklen": 4, "tickcolor": EDGE, "linecolor": EDGE, "gridcolor": LINES}
+_AXIS_TITLE = {"standoff": 8, "font": {"size": 12.5}}
+_AXIS = _TICKS | {"zeroline": False, "automargin": True, "title": _AXIS_TITLE}
+_AT_TOP = {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"}
+_AT_BOTTOM = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"}
+_SUBTITLE = {"font": {"size": 12, "color": MUTED}}
 TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": FONT, "size": 13, "color": INK},
-        "title": {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yanchor": "top",
-                  "yref": "container", "pad": {"t": 14},
-                  "font": {"size": 16}, "subtitle": {"font": {"size": 12, "color": MUTED}}},
+        "title": _AT_TOP | {"pad": {"t": 14}, "font": {"size": 16}, "subtitle": _SUBTITLE},
         "paper_bgcolor": "#ffffff",
         "plot_bgcolor": "#ffffff",
         "colorway": [ORANGE, BLUE, GREEN, PURPLE, GREY],
@@ -43,11 +38,10 @@ TEMPLATE = go.layout.Template(
         "yaxis": _AXIS,
         "hovermode": "closest",
         "hoverlabel": {"align": "left", "font": {"family": FONT, "size": 12}},
-        "legend": {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom",
-                   "font": {"size": 12}, "itemwidth": 36},
+        "legend": _AT_BOTTOM | {"font": {"size": 12}, "itemwidth": 36},
         "annotationdefaults": {"font": {"size": 12, "color": INK}, "showarrow": False},
     }
-)  # fmt: skip
+)
 
 # Colour, dash, marker and bar pattern of a condition.
 _CONDITIONS = {
@@ -59,20 +53,17 @@ _OTHERS = ((GREEN, "dashdot", "triangle-up", "x"), (PURPLE, "longdash", "cross",
 
 
 def finish(fig: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
-    """The figure with the template, its titles and its height."""
+    """The figure with the template, its titles and its height in pixels."""
     top = 72 + 16 * subtitle.count("<br>") + 20 * bool(fig.layout.annotations)
-    fig.update_layout(
-        template=TEMPLATE, title={"text": title, "subtitle": {"text": subtitle}}, height=height,
-        margin={"t": top},
-    )  # fmt: skip
+    titles = {"text": title, "subtitle": {"text": subtitle}}
+    fig.update_layout(template=TEMPLATE, title=titles, height=height, margin={"t": top})
     fig.for_each_annotation(lambda a: a.update(font_size=min(a.font.size or 13, 13)))
     return fig
 
 
-def condition_style(label: str, index: int) -> tuple[str, str, str, str]:
-    """Colour, dash, marker and bar pattern; ``index`` sets apart the labels that are not known."""
-    known = _CONDITIONS.get(label.replace("-", " ").lower())
-    return known or _OTHERS[index % len(_OTHERS)]
+def style_of(label: str, index: int) -> tuple[str, str, str, str]:
+    """Colour, dash, marker and bar pattern; ``index`` tells unknown labels apart."""
+    return _CONDITIONS.get(label.replace("-", " ").lower()) or _OTHERS[index % len(_OTHERS)]
 
 
 def model_note(result: Result) -> str:
@@ -82,13 +73,13 @@ def model_note(result: Result) -> str:
     return f" · {escape(cut(' + '.join(names), 44))}" if names else ""
 
 
-def numbers(values: Sequence[object]) -> str:
-    """``96/120``, where results differ in a number that is usually one."""
-    return "/".join(map(str, values))
+def numbers(values: Iterable[Any]) -> str:
+    """``120``, or ``96/120`` where results differ in a number that is usually one."""
+    return "/".join(map(str, sorted(set(values))))
 
 
 def cut(text: str, most: int) -> str:
-    """The text, shortened if it is longer than that."""
+    """The text, shortened to at most ``most`` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -98,15 +89,5 @@ def escape(text: str) -> str:
 
 
 def rounded(values: Tensor) -> Any:
-    """A number or nested lists, of at most six decimals: small json, and no noise digits in the file."""
+    """A number or nested lists with at most six decimals: small json without noise digits."""
     return torch.round(values.detach().cpu().double(), decimals=6).tolist()
-
-
-def index_ticks(n: int) -> dict[str, object]:
-    """Ticks of layers or heads: every whole number where they fit."""
-    return {"tick0": 0, "dtick": 1 if n <= 10 else 2} if n <= 20 else {"nticks": 7}
-
-
-def gap(n: int) -> float:
-    """Between the cells of a heatmap, in pixels."""
-    return 1.0 if n <= 16 else 0.4

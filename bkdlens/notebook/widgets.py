@@ -1,7 +1,7 @@
 """The interactive workbench of a notebook: patch heads by clicking on them, and see what changes.
 
 The widgets hold what is chosen and nothing else; what is shown comes from the pure functions of
-:mod:`bkdlens.notebook.numbers`, each called once for the same choice.
+:mod:`bkdlens.notebook.numbers`, each called once per choice.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import plotly.graph_objects as go
 from transformer_lens import HookedTransformer
@@ -19,21 +19,11 @@ from bkdlens.analyses.attribution.measure import HeadAttribution
 from bkdlens.analyses.tokens.figures import answer_strips, attention
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
-from bkdlens.display.style import INK, MUTED, cut, finish, model_note
+from bkdlens.display.heatmaps import box
+from bkdlens.display.style import MUTED, cut, finish, model_note
 from bkdlens.errors import BkdlensError, DataError
-from bkdlens.notebook.numbers import (
-    SOURCES,
-    Choice,
-    Subject,
-    activations,
-    answer_of,
-    answer_patched,
-    effects,
-    look,
-    make_subject,
-    new_z,
-    strips,
-)
+from bkdlens.notebook import numbers
+from bkdlens.notebook.numbers import SOURCES, Choice, Subject
 from bkdlens.types import Head, HeadLike, name_heads, parse_heads
 
 try:
@@ -44,15 +34,14 @@ except ImportError as error:
         "explore needs ipywidgets and anywidget; install them with: pip install 'bkdlens[notebook]'."
     ) from error
 
-Models: TypeAlias = HookedTransformer | Mapping[str, Any]
-TOP = 8  # ranks written into the heatmap
+MOST_HEADS = 32  # that the slider patches together
 ONE = "this one"  # the name of a model or backdoor that was given without any
 QUIET = {"showSendToCloud": False, "displaylogo": False, "plotlyServerURL": ""}
 CELL = "padding:4px 10px;border-bottom:1px solid #e4e7eb;text-align:left;vertical-align:top"
 
 
 def explore(
-    model: Models,
+    model: HookedTransformer | Mapping[str, Any],
     pairs: PairSet | Mapping[str, PairSet],
     *,
     n_pairs: int | None = 32,
@@ -72,7 +61,7 @@ def explore(
         model: from :func:`bkdlens.load`; or by name, models or functions that load one for the name
             of a backdoor. Only the one on show is kept.
         pairs: prompt pairs with victims; or by the backdoor's name.
-        n_pairs: at most so many victims for the heatmap and the menu of prompts, drawn with ``seed``.
+        n_pairs: the most victims for the heatmap and the menu of prompts, drawn with ``seed``.
         fmt: how a prompt is rendered; the chat template where there is one.
         max_new_tokens: where an answer is cut.
         seed: of the draw.
@@ -93,9 +82,9 @@ def explore(
         raise DataError("There is nothing to explore; give at least one model and one set of pairs.")
 
     def make(name: str, backdoor: str) -> Subject:
-        found = models[name]
-        loaded = found if isinstance(found, HookedTransformer) else found(backdoor)
-        return make_subject(
+        chosen = models[name]
+        loaded = chosen if isinstance(chosen, HookedTransformer) else chosen(backdoor)
+        return numbers.make_subject(
             loaded, sets[backdoor], n_pairs=n_pairs, fmt=fmt, max_new_tokens=max_new_tokens, seed=seed
         )
 
@@ -103,35 +92,31 @@ def explore(
 
 
 class Computed:
-    """The functions of :mod:`bkdlens.notebook.numbers` on one subject, each run once."""
+    """The functions of :mod:`bkdlens.notebook.numbers` on one subject, each run once per choice."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        n = 4 * len(subject.pairs)
-        self.activations = lru_cache(16)(partial(activations, subject))
-        self.new = lru_cache(16)(lambda choice: new_z(subject, choice, self.activations))
-        self.effects = lru_cache(32)(lambda choice: effects(subject, self.new(choice), choice))
-        self.strips = lru_cache(n)(
-            lambda choice, row, heads: strips(subject, self.new(choice), choice, row, heads)
-        )
-        self.patched = lru_cache(n)(
-            lambda choice, row, heads: answer_patched(subject, self.new(choice), choice, row, heads)
-        )
-        self.answer = lru_cache(n)(partial(answer_of, subject))
-        self.look = lru_cache(n)(partial(look, subject))
+        per_prompt = lru_cache(4 * len(subject.pairs))
+        self.activations = lru_cache(16)(partial(numbers.activations, subject))
+        self.new = lru_cache(16)(lambda choice: numbers.new_z(subject, choice, self.activations))
+        self.effects = lru_cache(32)(lambda choice: numbers.effects(subject, self.new(choice), choice))
+        self.strips = per_prompt(self._patched(numbers.strips))
+        self.patched = per_prompt(self._patched(numbers.answer_patched))
+        self.answer = per_prompt(partial(numbers.answer_of, subject))
+        self.look = per_prompt(partial(numbers.look, subject))
+
+    def _patched(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda choice, *what: run(self.subject, self.new(choice), choice, *what)
 
     @property
     def runs(self) -> dict[str, int]:
-        """How often each was really run."""
+        """How often each function was really run."""
         names = ("activations", "effects", "strips", "patched", "answer", "look")
         return {name: getattr(self, name).cache_info().misses for name in names}
 
 
 class Explorer(ipywidgets.VBox):
-    """The widgets of :func:`explore`; ``heatmap``, ``strips`` and ``attention`` are FigureWidgets.
-
-    ``select`` does what a click does. ``computed`` holds the numbers of what is on show.
-    """
+    """The widgets of :func:`explore`; ``heatmap``, ``strips`` and ``attention`` are FigureWidgets."""
 
     def __init__(
         self, make: Callable[[str, str], Subject], models: tuple[str, ...], backdoors: tuple[str, ...]
@@ -140,32 +125,27 @@ class Explorer(ipywidgets.VBox):
         self._computed = lru_cache(1)(lambda name, backdoor: Computed(make(name, backdoor)))
         self._clicked: Head | None = None
         self._quiet = False
-        self.model = _menu("model", models)
-        self.backdoor = _menu("backdoor", backdoors)
-        self.source = _menu("source", SOURCES)
-        self.site = _menu("site", ("z", "result"))
+        self.model, self.backdoor = _menu("model", models), _menu("backdoor", backdoors)
+        self.source, self.site = _menu("source", SOURCES), _menu("site", ("z", "result"))
         self.position = _menu("position", [("-1", -1)])
-        self.prompt = _slider("prompt", 1)
-        self.n_heads = _slider("top heads", 1)
+        self.prompt, self.n_heads = _slider("prompt"), _slider("top heads")
         self.status, self.texts = ipywidgets.HTML(), ipywidgets.HTML()
-        self.computed = self._computed(models[0], backdoors[0])
+        self.computed = self._computed(models[0], backdoors[0])  # the numbers of what is on show
         self._fit()
-        figures = self._figures()
-        self.heatmap, self.strips, self.attention = (go.FigureWidget(_flat(fig)) for fig in figures)
-        for figure in (self.heatmap, self.strips, self.attention):
+        self._shown = [go.FigureWidget(fig) for fig in self._figures()]
+        for figure in self._shown:
             figure._config = figure._config | QUIET
+        self.heatmap, self.strips, self.attention = self._shown
         self.heatmap.data[0].on_click(self._on_click)
         self.texts.value = self.answers_html()
-        menus = [menu for menu in (self.model, self.backdoor) if len(menu.options) > 1]
-        for control in (self.model, self.backdoor, self.source, self.site, self.position, self.prompt,
-                        self.n_heads):  # fmt: skip
+        subjects, sliders = (self.model, self.backdoor), (self.prompt, self.n_heads)
+        how = (self.source, self.site, self.position)
+        for control in (*subjects, *how, *sliders):
             control.observe(partial(self._on_change, control), names="value")
-        row = ipywidgets.Layout(flex_flow="row wrap")
-        super().__init__([
-            ipywidgets.HBox([*menus, self.source, self.site, self.position], layout=row),
-            ipywidgets.HBox([self.prompt, self.n_heads], layout=row),
-            self.status, self.heatmap, self.strips, self.texts, self.attention,
-        ])  # fmt: skip
+        menus = [*(menu for menu in subjects if len(menu.options) > 1), *how]
+        wrapped = ipywidgets.Layout(flex_flow="row wrap")
+        controls = [ipywidgets.HBox(row, layout=wrapped) for row in (menus, sliders)]
+        super().__init__([*controls, self.status, self.heatmap, self.strips, self.texts, self.attention])
 
     @property
     def choice(self) -> Choice:
@@ -179,7 +159,7 @@ class Explorer(ipywidgets.VBox):
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        """What is patched: the head that was clicked on, else the strongest so many."""
+        """What is patched: the head that was clicked on, else as many as the slider says."""
         return (self._clicked,) if self._clicked else self.effects.top(self.n_heads.value)
 
     @property
@@ -188,7 +168,7 @@ class Explorer(ipywidgets.VBox):
         return self.prompt.value - 1
 
     def select(self, head: HeadLike | None) -> None:
-        """Patch this head alone, as a click does; None goes back to the strongest.
+        """Patch this head alone, as a click does; None goes back to the strongest heads.
 
         Raises:
             HeadError: for a head that the model lacks.
@@ -198,36 +178,27 @@ class Explorer(ipywidgets.VBox):
         self._redraw()
 
     def answers(self) -> dict[str, str]:
-        """The generated texts: of the clean, the triggered and the patched prompt, by run."""
-        found, choice = self.computed, self.choice
-        return {
-            "clean": found.answer("clean", self.row),
-            "triggered": found.answer("triggered", self.row),
-            f"{choice.on}, patched": found.patched(choice, self.row, self.heads),
-        }
+        """The generated texts after the clean, the triggered and the patched prompt, by run."""
+        patched = self.computed.patched(self.choice, self.row, self.heads)
+        both = {side: self.computed.answer(side, self.row) for side in ("clean", "triggered")}
+        return both | {f"{self.choice.on}, patched": patched}
 
     def answers_html(self) -> str:
         """The prompt and the generated texts before and after as a table; all texts are escaped."""
         pair = self.computed.subject.pairs[self.row]
-        named = ", ".join(map(str, self.heads))
-        prompts = {"clean": pair.clean, "triggered": pair.triggered}
-        lines = [
-            (run if run in prompts else f"{run}: {named}", prompts.get(run, "as above"), answer)
-            for run, answer in self.answers().items()
-        ]
-        head = "".join(f'<th style="{CELL}">{t}</th>' for t in ("run", "prompt", "generated answer"))
-        body = "".join(
-            "<tr>" + "".join(f'<td style="{CELL}">{html.escape(text)}</td>' for text in line) + "</tr>"
-            for line in lines
-        )
-        return f'<table style="border-collapse:collapse"><tr>{head}</tr>{body}</table>'
+        patched = f"{self.choice.on}, patched: {name_heads(self.heads, MOST_HEADS)}"
+        runs, prompts = ["clean", "triggered", patched], [pair.clean, pair.triggered, "as above"]
+        lines = zip(runs, prompts, self.answers().values(), strict=True)
+        head = _row("th", ("run", "prompt", "generated answer"))
+        body = "".join(_row("td", line) for line in lines)
+        return f'<table style="border-collapse:collapse">{head}{body}</table>'
 
     def __repr__(self) -> str:
-        choice, (before, patched) = self.choice, self._before_and_after()
-        named = ", ".join(map(str, self.heads))
+        choice, heads, answers = self.choice, name_heads(self.heads, MOST_HEADS), self.answers()
+        before, patched = answers[choice.on], answers[f"{choice.on}, patched"]
         return (
             f"Explorer({choice.source} into {choice.on}, {choice.site} at position {choice.position}: "
-            f"{named} on prompt {self.prompt.value}: {before!r} -> {patched!r})"
+            f"{heads} on prompt {self.prompt.value}: {before!r} -> {patched!r})"
         )
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
@@ -235,35 +206,33 @@ class Explorer(ipywidgets.VBox):
         bundle: dict[str, Any] = super()._repr_mimebundle_(**kwargs) or {}
         return bundle | {"text/plain": repr(self), "text/html": self.answers_html()}
 
-    def _before_and_after(self) -> tuple[str, str]:
-        answers = self.answers()
-        return answers[self.choice.on], answers[f"{self.choice.on}, patched"]
-
-    def _figures(self) -> tuple[go.Figure, go.Figure, go.Figure]:
-        found, heads = self.computed, self.heads
-        return (
-            effect_map(self.effects, self.choice, heads),
-            answer_strips(found.strips(self.choice, self.row, heads)),
-            attention(found.look(self.row, heads[0])),
-        )
+    def _figures(self) -> list[go.Figure]:
+        choice, row, heads = self.choice, self.row, self.heads
+        probabilities = self.computed.strips(choice, row, heads)
+        pattern = self.computed.look(row, heads[0])
+        effects = effect_map(self.effects, choice, heads)
+        figures = [effects, answer_strips(probabilities), attention(pattern)]
+        # A FigureWidget is measured before it is on the page, which puts a subtitle over its title, so
+        # that subtitles become lines of the titles.
+        for title in (fig.layout.title for fig in figures):
+            small = f'<span style="font-size:12px;color:{MUTED}">{title.subtitle.text}</span>'
+            title.update(text=f"{title.text}<br>{small}", subtitle=None)
+        return figures
 
     def _fit(self) -> None:
         """Make menus and sliders fit the subject."""
-        subject, self._quiet = self.computed.subject, True
-        self._clicked = None
-        self.position.options = [
-            (f"{-1 - i} ({cut(token, 12)})", -1 - i) for i, token in enumerate(subject.last_tokens)
-        ]
+        subject, self._quiet, self._clicked = self.computed.subject, True, None
+        places = enumerate(subject.last_tokens, start=1)
+        self.position.options = [(f"{-i} ({cut(token, 12)})", -i) for i, token in places]
         self.prompt.max = len(subject.pairs)
-        self.n_heads.max = min(32, subject.model.cfg.n_layers * subject.model.cfg.n_heads)
+        self.n_heads.max = min(MOST_HEADS, subject.model.cfg.n_layers * subject.model.cfg.n_heads)
         self._quiet = False
 
     def _on_change(self, control: Any, _: Any) -> None:
-        if self._quiet:
-            return
-        if control is self.n_heads:
-            self._clicked = None
-        self._redraw(load=control in (self.model, self.backdoor))
+        if not self._quiet:
+            if control is self.n_heads:
+                self._clicked = None
+            self._redraw(load=control in (self.model, self.backdoor))
 
     def _on_click(self, _: Any, points: Any, __: Any) -> None:
         if points.xs:
@@ -275,8 +244,7 @@ class Explorer(ipywidgets.VBox):
             if load:
                 self.computed = self._computed(self.model.value, self.backdoor.value)
                 self._fit()
-            figures = self._figures()
-            for widget, fig in zip((self.heatmap, self.strips, self.attention), figures, strict=True):
+            for widget, fig in zip(self._shown, self._figures(), strict=True):
                 _put(widget, fig)
             self.texts.value = self.answers_html()
             self.status.value = ""
@@ -286,48 +254,36 @@ class Explorer(ipywidgets.VBox):
 
 def effect_map(attribution: HeadAttribution, choice: Choice, heads: tuple[Head, ...]) -> go.Figure:
     """The heatmap of effects, the patched heads outlined."""
-    fig = acie_heatmap(attribution, top=TOP)
-    fig.layout.shapes = [
-        {"type": "rect", "x0": head.head - 0.5, "x1": head.head + 0.5, "y0": head.layer - 0.5,
-         "y1": head.layer + 0.5, "line": {"color": INK, "width": 2.4}}
-        for head in heads
-    ]  # fmt: skip
+    fig = acie_heatmap(attribution)
     way = "rise" if choice.on == "clean" else "fall"
-    fig.data[0].hovertemplate = fig.data[0].hovertemplate.replace("by ACIE", "").replace("ACIE", way)
-    fig.layout.coloraxis.colorbar.title.text = way
-    named = name_heads(heads)
-    return finish(
-        fig, f"Each head patched alone: {way} of the backdoor's answer",
+    hover = fig.data[0].hovertemplate.replace("by ACIE", "").replace("ACIE", way)
+    fig.data[0].hovertemplate, fig.layout.coloraxis.colorbar.title.text = hover, way
+    fig.layout.shapes = [box(head.head, head.layer, 2.4) for head in heads]
+    subtitle = (
         f"mean {way} of its probability in {len(attribution.cie)} {choice.on} prompts · "
-        f"{choice.source}, {choice.site} at {choice.position}<br>outlined, patched below: {named} · "
-        f"numbers: the first ranks · − negative{model_note(attribution)}",
-        height=int(fig.layout.height),
-    )  # fmt: skip
-
-
-def _flat(fig: go.Figure) -> go.Figure:
-    """The subtitle as lines of the title: a FigureWidget is measured before it is on the page, which
-    puts a subtitle over its title."""
-    title = fig.layout.title
-    fig.update_layout(
-        title={"text": f'{title.text}<br><span style="font-size:12px;color:{MUTED}">'
-               f"{title.subtitle.text}</span>", "subtitle": None}
-    )  # fmt: skip
-    return fig
+        f"{choice.source}, {choice.site} at {choice.position}<br>outlined, patched below: "
+        f"{name_heads(heads)} · numbers: the first ranks · − negative{model_note(attribution)}"
+    )
+    title = f"Each head patched alone: {way} of the backdoor's answer"
+    return finish(fig, title, subtitle, height=int(fig.layout.height))
 
 
 def _put(widget: go.FigureWidget, fig: go.Figure) -> None:
     """Show another figure of the same kind in the widget, its callbacks kept."""
-    fig = _flat(fig)
     with widget.batch_update():
         for old, new in zip(widget.data, fig.data, strict=True):
             old.update(new.to_plotly_json(), overwrite=True)
         widget.update_layout(fig.layout.to_plotly_json(), overwrite=True)
 
 
+def _row(tag: str, texts: tuple[str, ...]) -> str:
+    cells = (f'<{tag} style="{CELL}">{html.escape(text)}</{tag}>' for text in texts)
+    return f"<tr>{''.join(cells)}</tr>"
+
+
 def _menu(name: str, options: Any) -> Any:
     return ipywidgets.Dropdown(options=options, description=name)
 
 
-def _slider(name: str, most: int) -> Any:
-    return ipywidgets.IntSlider(1, 1, most, description=name, continuous_update=False)
+def _slider(name: str) -> Any:
+    return ipywidgets.IntSlider(1, 1, 1, description=name, continuous_update=False)

@@ -13,7 +13,10 @@ from bkdlens.display.style import GREY, escape, finish, model_note
 from bkdlens.errors import ChoiceError
 from bkdlens.results import figure
 
+TITLES = {"attack": "attack success", "correct": "right answer restored", "clean": "clean accuracy"}
 
+
+@figure.register
 def ablation_curve(result: AblationResult, mode: str | None = None) -> go.Figure:
     """Attack success, restored right answers and clean accuracy by number of ablated heads.
 
@@ -41,18 +44,15 @@ def ablation_curve(result: AblationResult, mode: str | None = None) -> go.Figure
     fig = make_subplots(rows, columns, shared_yaxes=True, subplot_titles=titles, **spacing)
     x = [str(count) for count in result.counts]
     for i, name in enumerate(modes):
-        m, first = result.modes.index(name), i == 0
-        draws = 100 * result.random_attack[m].double() / max(1, result.n_victims)
-        traces = band(x, draws, "attack, random heads (min–max)", GREY, "2px,3px", first)
-        for what, (title, colour, dash, symbol) in QUANTITIES.items():
-            style = in_legend(title, what, first) | marked_line(colour, dash, symbol)
+        draws = 100 * result.random_attack[result.modes.index(name)].double() / max(1, result.n_victims)
+        traces = band(x, draws, "attack, random heads (min–max)", GREY, "2px,3px", i == 0)
+        for what, title in TITLES.items():
+            style = in_legend(title, what, i == 0) | marked_line(*QUANTITIES[what])
             rates = [result.rate(what, name, count) for count in result.counts]
             traces.append(rate_trace(x, rates, "%{x} heads", interval=what == "attack", **style))
-        for trace in traces:
-            fig.add_trace(trace, row=1 + i // columns, col=1 + i % columns)
+        fig.add_traces(traces, rows=1 + i // columns, cols=1 + i % columns)
     fig.update_xaxes(type="category")
-    for column in range(1, columns + 1):
-        fig.update_xaxes(title_text="heads ablated, strongest first", row=rows, col=column)
+    fig.update_xaxes(title_text="heads ablated, strongest first", row=rows)
     fig.update_yaxes(**PERCENT_AXIS)
     fig.update_yaxes(title_text="rate (%)", col=1)
     by = "" if mode is None else f"by {escape(mode)} · "
@@ -61,8 +61,3 @@ def ablation_curve(result: AblationResult, mode: str | None = None) -> go.Figure
         f"{result.random_attack.shape[-1] or 'no'} random groups{model_note(result)}"
     )
     return finish(fig, "Ablating the top heads", subtitle, height=140 + 310 * rows)
-
-
-@figure.register
-def _(result: AblationResult) -> go.Figure:
-    return ablation_curve(result)

@@ -1,15 +1,15 @@
-"""Figures of what models answer: rates by condition, and answers side by side."""
+"""The figure of what models answer: rates by condition."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
 from bkdlens.analyses.behaviour.measure import BehaviourResult
-from bkdlens.display.rates import PERCENT_AXIS, counts, error_bars, hover, percent
-from bkdlens.display.style import condition_style, escape, finish, model_note, numbers
-from bkdlens.metrics import Rate
+from bkdlens.display.rates import PERCENT_AXIS, rate_trace
+from bkdlens.display.style import escape, finish, model_note, numbers, style_of
 from bkdlens.results import figure
 
 
@@ -28,39 +28,30 @@ def behaviour(results: Sequence[BehaviourResult]) -> go.Figure:
     """
     fig = go.Figure()
     for i, result in enumerate(results):
-        colour, _, _, pattern = condition_style(result.label, i)
-        named = [(title, rate) for title, rate in _behaviour_rates(result) if rate is not None]
-        rates = [rate for _, rate in named]
-        name = escape(result.label)
-        fig.add_trace(
-            go.Bar(
-                x=[title for title, _ in named], y=[percent(rate.value) for rate in rates],
-                error_y=error_bars(rates), customdata=counts(rates), name=name,
-                marker={"color": colour, "line": {"color": colour, "width": 1},
-                        "pattern": {"shape": pattern, "bgcolor": colour, "fgcolor": "#ffffff",
-                                    "size": 7, "solidity": 0.25}},
-                hovertemplate=hover("%{x}", name),
-            )
-        )  # fmt: skip
+        colour, _, _, pattern = style_of(result.label, i)
+        rates = {
+            "attack<br>success": result.asr,
+            "false<br>triggers": result.ftr,
+            "near<br>trigger": result.near,
+            "clean<br>accuracy": result.clean_accuracy,
+        }
+        measured = {title: rate for title, rate in rates.items() if rate is not None}
+        hatched = {
+            "shape": pattern,
+            "bgcolor": colour,
+            "fgcolor": "#ffffff",
+            "size": 7,
+            "solidity": 0.25,
+        }
+        marker = {"color": colour, "line": {"color": colour, "width": 1}, "pattern": hatched}
+        style: dict[str, Any] = {"name": escape(result.label), "marker": marker}
+        fig.add_trace(rate_trace([*measured], [*measured.values()], "%{x}", kind=go.Bar, **style))
     fig.update_yaxes(**PERCENT_AXIS, title_text="rate (%)")
     fig.update_xaxes(tickangle=0)
     fig.update_layout(barmode="group", bargap=0.25, bargroupgap=0.08, showlegend=True)
-    return finish(
-        fig, "Behaviour",
-        f"{numbers(sorted({r.n_victims for r in results}))} victims, "
-        f"{numbers(sorted({r.n_clean for r in results}))} clean prompts{model_note(results[0])} · "
-        "bars: 95 % Wilson interval",
-        height=420,
-    )  # fmt: skip
-
-
-def _behaviour_rates(result: BehaviourResult) -> list[tuple[str, Rate | None]]:
-    return [
-        ("attack<br>success", result.asr),
-        ("false<br>triggers", result.ftr),
-        ("near<br>trigger", result.near),
-        ("clean<br>accuracy", result.clean_accuracy),
-    ]
+    victims, clean = numbers(r.n_victims for r in results), numbers(r.n_clean for r in results)
+    subtitle = f"{victims} victims, {clean} clean prompts{model_note(results[0])} · "
+    return finish(fig, "Behaviour", f"{subtitle}bars: 95 % Wilson interval", height=420)
 
 
 @figure.register

@@ -24,29 +24,21 @@ def patch(result: PatchResult) -> go.Figure:
         >>> fig = bkdlens.plot.patch(bkdlens.patch_heads(model, test.clean[:2], "L1H0", cache))
     """
     x = [str(i) for i in range(1, len(result.prompts) + 1)]
-    texts = [escape(cut(prompt, 80)) for prompt in result.prompts]
+    shared = {"x": x, "customdata": [escape(cut(prompt, 80)) for prompt in result.prompts]}
     fig = go.Figure()
     if result.targets is None:
-        fig.add_trace(
-            go.Bar(x=x, y=rounded(result.divergence), marker={"color": BLUE}, customdata=texts,
-                   name="KL", hovertemplate="%{customdata}<br>%{y:.3f} nats<extra></extra>")
-        )  # fmt: skip
+        hover = "%{customdata}<br>%{y:.3f} nats<extra></extra>"
+        kl = rounded(result.divergence)
+        fig.add_bar(y=kl, name="KL", marker={"color": BLUE}, hovertemplate=hover, **shared)
         fig.update_yaxes(title_text="KL of the next token (nats)", rangemode="tozero")
     else:
-        drawn = (("before", result.before, GREY, "circle-open"),
-                 ("after", result.after, ORANGE, "circle"))  # fmt: skip
-        for name, values, colour, symbol in drawn:
-            fig.add_trace(
-                go.Scatter(
-                    x=x, y=rounded(100 * values), mode="markers", name=name, customdata=texts,
-                    marker={"color": colour, "symbol": symbol, "size": 10},
-                    hovertemplate="%{customdata}<br>%{y:.2f} %<extra>" + name + "</extra>",
-                )
-            )  # fmt: skip
+        runs = ("before", GREY, "circle-open"), ("after", ORANGE, "circle")
+        for name, colour, symbol in runs:
+            marker = {"color": colour, "symbol": symbol, "size": 10}
+            y = rounded(100 * getattr(result, name))
+            hover = f"%{{customdata}}<br>%{{y:.2f}} %<extra>{name}</extra>"
+            fig.add_scatter(y=y, mode="markers", name=name, marker=marker, hovertemplate=hover, **shared)
         fig.update_yaxes(title_text="P(target), per token (%)", range=[-3, 103])
     fig.update_xaxes(title_text="prompt", type="category")
-    heads = name_heads(result.heads)
-    return finish(
-        fig, f"Patching {heads}",
-        f"{len(result.prompts)} prompts · from {escape(result.source)}{model_note(result)}", height=400,
-    )  # fmt: skip
+    subtitle = f"{len(result.prompts)} prompts · from {escape(result.source)}{model_note(result)}"
+    return finish(fig, f"Patching {name_heads(result.heads)}", subtitle, height=400)

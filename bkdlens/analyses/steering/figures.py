@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -14,44 +13,21 @@ from bkdlens.analyses.steering.answers import Generations
 from bkdlens.analyses.steering.measure import SteeringResult
 from bkdlens.analyses.steering.vector import BackdoorVector
 from bkdlens.counts import Draws
-from bkdlens.display.rates import (
-    PERCENT_AXIS,
-    QUANTITIES,
-    band,
-    in_legend,
-    marked_line,
-    percent,
-    rate_trace,
-)
-from bkdlens.display.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    LINES,
-    MUTED,
-    ORANGE,
-    PURPLE,
-    escape,
-    finish,
-    model_note,
-    rounded,
-)
+from bkdlens.display import rates, style
 from bkdlens.errors import ChoiceError
 from bkdlens.results import figure
 from bkdlens.types import name_heads
 
-# What is measured: its name, colour and marker; and its name where there is no vector.
-MARKS = {
-    "attack": ("attack success", ORANGE, "circle"),
-    "correct": ("right answer (kept, restored)", GREEN, "triangle-up"),
-    "clean": ("clean accuracy", BLUE, "square"),
+# The names of each count without a vector and with one.
+NAMES = {
+    "attack": ("attack, no vector", "attack success"),
+    "correct": ("right answer, no vector", "right answer (kept, restored)"),
+    "clean": ("clean accuracy, no vector", "clean accuracy"),
 }
-WITHOUT = {"attack": "attack", "correct": "right answer", "clean": "clean accuracy"}
-# The controls, by their names in the result: name in figures, and colour.
-DOTS = {
-    "random heads": ("attack, vectors of random heads", MUTED),
-    "noise": ("attack, norm-matched noise", PURPLE),
+# Each control's name in figures, the colour of its draws, and the colour and dash of its band.
+CONTROLS = {
+    "random heads": ("attack, vectors of random heads", style.MUTED, style.GREY, "2px,3px"),
+    "noise": ("attack, norm-matched noise", style.PURPLE, style.PURPLE, "4px,2px,1px,2px"),
 }
 
 
@@ -78,29 +54,24 @@ def steering_by_layer(
         >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[1, 2], n_random=1)
         >>> fig = bkdlens.plot.steering_by_layer(swept, chosen=2)
     """
-    if chosen is not None:
-        _check_layer(result, chosen)
-    sizes = sorted({abs(c) for c in result.coefficients})
-    fig = _grid(sizes, result)
+    if chosen is not None and chosen not in result.layers:
+        raise ChoiceError("layer in this result:", chosen, result.layers)
+    fig, panels, rows = _grid(result)
     x = result.layers
-    for coefficient in result.coefficients:
-        at = {"row": 1 + sizes.index(abs(coefficient)), "col": 1 + (coefficient < 0)}
+    label = {"y": 50, "textangle": -90, "font": style.SMALL}
+    for coefficient, at in panels.items():
         for trace in _layer_traces(result, coefficient, coefficient == result.coefficients[0]):
             fig.add_trace(trace, **at)
-        marks = {"y": 50, "textangle": -90, "font": {"size": 11, "color": MUTED}}
         if result.site == "resid_pre" and 0 in x:
             fig.add_vrect(x0=-0.5, x1=0.5, fillcolor="#eef1f4", line_width=0, layer="below", **at)
-            fig.add_annotation(text="bare embedding", x=0, xshift=-10, **marks, **at)
+            fig.add_annotation(text="bare embedding", x=0, xshift=-10, **label, **at)
         if chosen is not None:
-            fig.add_vline(x=chosen, line={"color": INK, "width": 1.2, "dash": "4px,3px"}, **at)
-            fig.add_annotation(text="chosen on validation", x=chosen, xshift=9, **marks, **at)
+            fig.add_vline(x=chosen, line={"color": style.INK, "width": 1.2, "dash": "4px,3px"}, **at)
+            fig.add_annotation(text="chosen on validation", x=chosen, xshift=9, **label, **at)
     fig.update_xaxes(dtick=math.ceil(len(x) / 16), range=[min(x) - 0.5, max(x) + 0.5])
-    for column in (1, 2):
-        fig.update_xaxes(title_text=f"layer ({escape(result.site)})", row=len(sizes), col=column)
-    return finish(
-        fig, f"Steering with the {escape(result.kind)} vector, by layer", _note(result),
-        height=150 + panel_height * len(sizes),
-    )  # fmt: skip
+    fig.update_xaxes(title_text=f"layer ({style.escape(result.site)})", row=rows)
+    title = f"Steering with the {style.escape(result.kind)} vector, by layer"
+    return style.finish(fig, title, _note(result), height=150 + panel_height * rows)
 
 
 def steering_at(result: SteeringResult, layer: int | None = None) -> go.Figure:
@@ -121,37 +92,33 @@ def steering_at(result: SteeringResult, layer: int | None = None) -> go.Figure:
         >>> fig = bkdlens.plot.steering_at(swept)
     """
     layer = result.layers[0] if layer is None else layer
-    _check_layer(result, layer)
-    sizes = sorted({abs(c) for c in result.coefficients})
-    fig = _grid(sizes, result)
+    fig, panels, rows = _grid(result)
     first_right = 2 + len(result.controls)  # where the attack ends and the correct answers begin
-    for coefficient in result.coefficients:
+    starts = {"attack": 0, "correct": first_right, "clean": first_right + 2}
+    for coefficient, panel in panels.items():
         at: dict[str, Any] = {"coefficient": coefficient, "layer": layer}
-        panel = {"row": 1 + sizes.index(abs(coefficient)), "col": 1 + (coefficient < 0)}
-        for i, (what, (name, colour, symbol)) in enumerate(MARKS.items()):
-            x = 0 if i == 0 else first_right + 2 * (i - 1)
-            for rate, named, marker in (
-                (result.base(what, **at), f"{WITHOUT[what]}, no vector", f"{symbol}-open"),
-                (result.rate_at(what, **at), name, symbol),
-            ):
-                trace = rate_trace([x], [rate], named, name=named, mode="markers", showlegend=False)
-                trace.update(marker={"color": colour, "symbol": marker, "size": 10})
+        for what, x in starts.items():
+            (before, after), (colour, _, symbol) = NAMES[what], rates.QUANTITIES[what]
+            untouched, steered = result.base(what, **at), result.rate_at(what, **at)
+            dots = (x, before, untouched, f"{symbol}-open"), (x + 1, after, steered, symbol)
+            for place, name, rate, marker in dots:
+                trace = rates.rate_trace([place], [rate], name, name=name, mode="markers")
+                trace.update(marker={"color": colour, "symbol": marker, "size": 10}, showlegend=False)
                 trace.error_y.color = colour
                 fig.add_trace(trace, **panel)
-                x += 1
         for x, (control, draws) in enumerate(result.draws("attack", **at).items(), start=2):
-            for trace in _draw_dots(x, draws, *DOTS[control]):
+            for trace in _draw_dots(x, draws, *CONTROLS[control][:2]):
                 fig.add_trace(trace, **panel)
     controls = [control.replace(" ", "<br>") for control in result.controls]
     ticks = ["no<br>vector", "<b>vector</b>", *controls]
     ticks += ["right,<br>none", "right,<br>vector", "clean,<br>none", "clean,<br>vector"]
     fig.update_xaxes(tickvals=list(range(len(ticks))), ticktext=ticks, range=[-0.6, len(ticks) - 0.4])
     fig.update_xaxes(showgrid=False, showticklabels=True, tickangle=0, tickfont={"size": 11})
-    fig.add_vline(x=first_right - 0.5, line={"color": "#9aa5b1", "width": 1})
+    fig.add_vline(x=first_right - 0.5, line={"color": style.EDGE, "width": 1})
     bare = " (the bare embedding)" if layer == 0 and result.site == "resid_pre" else ""
-    title = f"Steering with the {escape(result.kind)} vector at layer {layer}{bare}"
+    title = f"Steering with the {style.escape(result.kind)} vector at layer {layer}{bare}"
     subtitle = f"{_note(result)} · left of the line: attack success"
-    return finish(fig, title, subtitle, height=150 + 270 * len(sizes))
+    return style.finish(fig, title, subtitle, height=150 + 270 * rows)
 
 
 @figure.register
@@ -170,25 +137,19 @@ def vector(result: BackdoorVector, *, top: int = 40) -> go.Figure:
     """
     direction = result.direction.double()
     order = direction.abs().argsort(descending=True, stable=True)[:top]
-    shown = direction[order]
+    shown, kind = direction[order], style.escape(result.kind)
     share = 100 * float(shown.square().sum() / direction.square().sum().clamp(min=1e-30))
-    fig = go.Figure(
-        go.Bar(
-            x=[str(i) for i in order.tolist()], y=rounded(shown), name=escape(result.kind),
-            marker={"color": [ORANGE if v >= 0 else BLUE for v in shown.tolist()]},
-            hovertemplate="component %{x}<br>%{y:+.4f}<extra></extra>",
-        )
-    )  # fmt: skip
-    fig.update_xaxes(type="category", title_text="component of the residual stream", tickangle=-90,
-                     tickfont={"size": 10}, showgrid=False)  # fmt: skip
-    fig.update_yaxes(title_text="value", zeroline=True, zerolinecolor="#9aa5b1")
-    heads = name_heads(result.heads)
-    return finish(
-        fig, f"Largest components of the {escape(result.kind)} vector",
-        f"{len(result.heads)} heads ({heads}) · norm {result.norm:.2f} · the {len(shown)} largest of "
-        f"{len(direction)} carry {share:.0f} % of its squared length",
-        height=380,
-    )  # fmt: skip
+    bars = go.Bar(x=[str(i) for i in order.tolist()], y=style.rounded(shown), name=kind)
+    bars.marker = {"color": [style.ORANGE if value >= 0 else style.BLUE for value in shown.tolist()]}
+    fig = go.Figure(bars.update(hovertemplate="component %{x}<br>%{y:+.4f}<extra></extra>"))
+    fig.update_xaxes(title_text="component of the residual stream", type="category", showgrid=False)
+    fig.update_xaxes(tickangle=-90, tickfont={"size": 10})
+    fig.update_yaxes(title_text="value", zeroline=True, zerolinecolor=style.EDGE)
+    subtitle = (
+        f"{len(result.heads)} heads ({name_heads(result.heads)}) · norm {result.norm:.2f} · the "
+        f"{len(shown)} largest of {len(direction)} carry {share:.0f} % of its squared length"
+    )
+    return style.finish(fig, f"Largest components of the {kind} vector", subtitle, height=380)
 
 
 @figure.register
@@ -205,18 +166,14 @@ def generations(result: Generations) -> go.Figure:
         >>> answers = bkdlens.sample_generations(model, test, vector, 2, 1.0, n=2)
         >>> fig = bkdlens.plot.generations(answers)
     """
-    columns = [[escape(text).replace("\n", "<br>") for text in c] for c in result.columns.values()]
-    fig = go.Figure(
-        go.Table(
-            header={"values": [f"<b>{escape(title)}</b>" for title in result.columns],
-                    "align": "left", "fill": {"color": "#eef1f4"}, "line": {"color": LINES}},
-            cells={"values": columns, "align": "left", "line": {"color": LINES},
-                   "fill": {"color": "#ffffff"}, "height": 26},
-        )
-    )  # fmt: skip
+    columns = [[style.escape(text).replace("\n", "<br>") for text in c] for c in result.columns.values()]
+    titles, ruled = [f"<b>{style.escape(title)}</b>" for title in result.columns], {"color": style.LINES}
+    header = {"values": titles, "align": "left", "fill": {"color": "#eef1f4"}, "line": ruled}
+    cells = {"values": columns, "align": "left", "fill": {"color": "#ffffff"}, "line": ruled}
+    fig = go.Figure(go.Table(header=header, cells=cells | {"height": 26}))
     n = len(columns[0]) if columns else 0
-    return finish(fig, "Answers side by side", f"{n} prompts{model_note(result)} · greedy decoding",
-                   height=200 + 90 * n)  # fmt: skip
+    subtitle = f"{n} prompts{style.model_note(result)} · greedy decoding"
+    return style.finish(fig, "Answers side by side", subtitle, height=200 + 90 * n)
 
 
 @figure.register
@@ -224,23 +181,23 @@ def _(result: SteeringResult) -> go.Figure:
     return steering_at(result) if len(result.layers) == 1 else steering_by_layer(result)
 
 
-def _grid(sizes: Sequence[float], result: SteeringResult) -> go.Figure:
-    """A row a size of the coefficient; + on the left, − on the right."""
-    rows = len(sizes)
-    titles = [
-        f"{title} ({sign}{size:g})" if factor * size in result.coefficients else ""
-        for size in sizes
-        for factor, sign, title in (
-            (1, "+", "added to clean prompts"), (-1, "−", "subtracted from triggered")
-        )
-    ]  # fmt: skip
-    fig = make_subplots(
-        rows, 2, shared_yaxes=True, shared_xaxes=rows > 1, horizontal_spacing=0.05,
-        vertical_spacing=0.22 / (rows + 1), subplot_titles=titles,
-    )  # fmt: skip
-    fig.update_yaxes(**PERCENT_AXIS)
+def _grid(result: SteeringResult) -> tuple[go.Figure, dict[float, dict[str, int]], int]:
+    """An empty figure, each coefficient's panel in it, and its rows.
+
+    There is a row for each size of the coefficient, with + on the left and − on the right.
+    """
+    sizes = sorted({abs(c) for c in result.coefficients})
+    panels = {c: {"row": 1 + sizes.index(abs(c)), "col": 1 + (c < 0)} for c in result.coefficients}
+    rows, titles = len(sizes), []
+    for size in sizes:
+        titles.append(f"added to clean prompts (+{size:g})" if size in panels else "")
+        titles.append(f"subtracted from triggered (−{size:g})" if -size in panels else "")
+    spacing = {"horizontal_spacing": 0.05, "vertical_spacing": 0.22 / (rows + 1)}
+    shared = {"shared_xaxes": rows > 1, "shared_yaxes": True}
+    fig = make_subplots(rows, 2, subplot_titles=titles, **shared, **spacing)
+    fig.update_yaxes(**rates.PERCENT_AXIS)
     fig.update_yaxes(title_text="rate (%)", col=1)
-    return fig
+    return fig, panels, rows
 
 
 def _layer_traces(result: SteeringResult, coefficient: float, legend: bool) -> list[go.Scatter]:
@@ -249,53 +206,35 @@ def _layer_traces(result: SteeringResult, coefficient: float, legend: bool) -> l
     x, n = result.layers, max(1, result.n_victims)
     traces: list[go.Scatter] = []
     for control, drawn in reversed(result.controls.items()):
-        name, colour = DOTS[control]
-        dash = "2px,3px" if colour == MUTED else "4px,2px,1px,2px"
-        shares = 100 * drawn["attack"][i].double() / n
-        band_colour = GREY if colour == MUTED else colour
-        traces += band(x, shares, f"{name} (min–max)", band_colour, dash, legend)
-    bases = {what: result.base(what, coefficient=coefficient) for what in MARKS}
+        name, _, colour, dash = CONTROLS[control]
+        attacks = 100 * drawn["attack"][i].double() / n
+        traces += rates.band(x, attacks, f"{name} (min–max)", colour, dash, legend)
+    bases = {what: result.base(what, coefficient=coefficient) for what in NAMES}
     for what in ("attack", "correct"):
-        name = f"{WITHOUT[what]}, no vector"
-        line = {"mode": "lines", "line": {"color": MARKS[what][1], "width": 1, "dash": "dot"}}
-        style = in_legend(name, name, legend) | line
-        traces.append(rate_trace(x, [bases[what]] * len(x), where, interval=False, **style))
-    for what, (_, colour, dash, symbol) in QUANTITIES.items():
-        after = f"<br>without a vector {percent(bases[what].value)} %" if what == "clean" else ""
-        style = in_legend(MARKS[what][0], what, legend) | marked_line(colour, dash, symbol, size=7)
-        rates = [result.rate(what, layer, coefficient) for layer in x]
-        traces.append(rate_trace(x, rates, where, interval=what == "attack", after=after, **style))
+        thin = {"mode": "lines", "line": {"color": rates.QUANTITIES[what][0], "width": 1, "dash": "dot"}}
+        line = rates.in_legend(NAMES[what][0], NAMES[what][0], legend) | thin
+        traces.append(rates.rate_trace(x, [bases[what]] * len(x), where, interval=False, **line))
+    for what, (_, name) in NAMES.items():
+        after = f"<br>without a vector {rates.percent(bases[what].value)} %" if what == "clean" else ""
+        line = rates.in_legend(name, what, legend) | rates.marked_line(*rates.QUANTITIES[what], size=7)
+        values = [result.rate(what, layer, coefficient) for layer in x]
+        traces.append(rates.rate_trace(x, values, where, interval=what == "attack", after=after, **line))
     return traces
 
 
 def _draw_dots(x: int, draws: Draws, name: str, colour: str) -> list[go.Scatter]:
     """A dot per draw, side by side around ``x``, and a line at their mean."""
-    n, mean = len(draws), rounded(torch.tensor(100 * draws.mean))
-    style = {"name": name, "showlegend": False}
-    dots = go.Scatter(
-        x=[x + 0.5 * ((d + 0.5) / n - 0.5) for d in range(n)],
-        y=rounded(100 * draws.successes.double() / max(1, draws.n)),
-        mode="markers",
-        customdata=draws.successes.tolist(),
-        opacity=0.8,
-        marker={"color": colour, "symbol": "circle-open", "size": 6},
-        hovertemplate=f"a draw: %{{y:.1f}} % (%{{customdata:d}} of {draws.n})<extra>{name}</extra>",
-        **style,
-    )
-    line = go.Scatter(
-        x=[x - 0.32, x + 0.32],
-        y=[mean, mean],
-        mode="lines",
-        line={"color": colour, "width": 2},
-        hovertemplate=f"mean of {n} draws: %{{y:.1f}} %<extra>{name}</extra>",
-        **style,
-    )
-    return [dots, line]
-
-
-def _check_layer(result: SteeringResult, layer: int) -> None:
-    if layer not in result.layers:
-        raise ChoiceError("layer in this result:", layer, result.layers)
+    n, mean = len(draws), style.rounded(torch.tensor(100 * draws.mean))
+    places = [x + 0.5 * ((d + 0.5) / n - 0.5) for d in range(n)]
+    dots = go.Scatter(x=places, y=style.rounded(100 * draws.successes.double() / max(1, draws.n)))
+    dots.update(mode="markers", opacity=0.8, customdata=draws.successes.tolist())
+    dots.marker = {"color": colour, "symbol": "circle-open", "size": 6}
+    counted = f"(%{{customdata:d}} of {draws.n})<extra>{name}</extra>"
+    dots.hovertemplate = f"a draw: %{{y:.1f}} % {counted}"
+    line = go.Scatter(x=[x - 0.32, x + 0.32], y=[mean, mean], mode="lines")
+    line.line = {"color": colour, "width": 2}
+    line.hovertemplate = f"mean of {n} draws: %{{y:.1f}} %<extra>{name}</extra>"
+    return [trace.update(name=name, showlegend=False) for trace in (dots, line)]
 
 
 def _note(result: SteeringResult) -> str:
@@ -303,5 +242,5 @@ def _note(result: SteeringResult) -> str:
     return (
         f"{len(result.heads)} heads · {result.n_victims} victims, {result.n_clean} clean prompts<br>"
         + (f"draws: {draws}" if draws else "no random controls")
-        + model_note(result)
+        + style.model_note(result)
     )

@@ -8,8 +8,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from bkdlens.analyses.steering.measure import SteeringResult
-from bkdlens.display.rates import percent
-from bkdlens.display.style import LINES, SEQUENTIAL, escape, finish, index_ticks, model_note
+from bkdlens.display.heatmaps import BARE, SEQUENTIAL, gaps, index_ticks, share_colours, written
+from bkdlens.display.rates import COUNTED, counts, percent
+from bkdlens.display.style import escape, finish, model_note
 from bkdlens.display.text import coefficient_text
 
 PANELS = {"attack": "attack success", "correct": "right answer", "clean": "clean accuracy"}
@@ -32,38 +33,26 @@ def steering_map(result: SteeringResult) -> go.Figure:
         >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[1, 2], n_random=1)
         >>> fig = bkdlens.plot.steering_map(swept)
     """
-    coefficients = sorted(result.coefficients)
+    coefficients, layers = sorted(result.coefficients), list(result.layers)
+    titles, up = list(PANELS.values()), [coefficient_text(c) for c in coefficients]
     fig = make_subplots(
-        1, len(PANELS), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[*PANELS.values()]
+        1, len(titles), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles
     )
-    wide = len(result.layers) > 12
     for column, (what, title) in enumerate(PANELS.items(), start=1):
-        cells = [[_cell(result, what, c, layer) for layer in result.layers] for c in coefficients]
-        heat = go.Heatmap(
-            z=[[cell[0] for cell in row] for row in cells],
-            x=list(result.layers),
-            y=[coefficient_text(c) for c in coefficients],
-            text=[[c[1].strip("0123456789 ") if wide else c[1] for c in row] for row in cells],
-            customdata=[[cell[2:] for cell in row] for row in cells],
-            hovertemplate=f"<b>{title}</b>, coefficient %{{y}}, layer %{{x}}<br>%{{z:.1f}} % "
-            "(%{customdata[0]:d} of %{customdata[1]:d})<br>95 % interval [%{customdata[2]:.1f}, "
-            "%{customdata[3]:.1f}]<br>without a vector %{customdata[4]:.1f} %"
-            "%{customdata[5]}<extra></extra>",
-            texttemplate="%{text}",
-            textfont={"size": 11},
-            coloraxis="coloraxis",
-            xgap=1,
-            ygap=1,
-            name=title,
-        )
+        cells = [[_cell(result, what, coefficient=c, layer=x) for x in layers] for c in coefficients]
+        z, data = ([[cell[i] for cell in row] for row in cells] for i in (0, 1))
+        text = [[cell[2] for cell in row] for row in cells]
+        if len(layers) > 12:  # too narrow for numbers; rings stay
+            text = [[value.strip("0123456789 ") for value in row] for row in text]
+        where = f"<b>{title}</b>, coefficient %{{y}}, layer %{{x}}<br>%{{z:.1f}}"
+        after = "<br>without a vector %{customdata[4]:.1f} %%{customdata[5]}<extra></extra>"
+        heat = go.Heatmap(x=layers, y=up, z=z, customdata=data, **written(text), **gaps(1))
+        heat.update(name=title, coloraxis="coloraxis", hovertemplate=f"{where}{COUNTED}{after}")
         fig.add_trace(heat, row=1, col=column)
-    title = f"layer ({escape(result.site)})"
-    fig.update_xaxes(title_text=title, **index_ticks(len(result.layers)), showgrid=False, ticks="")
-    fig.update_yaxes(type="category", showgrid=False, ticks="")
+    fig.update_xaxes(title_text=f"layer ({escape(result.site)})", **index_ticks(len(layers)), **BARE)
+    fig.update_yaxes(type="category", **BARE)
     fig.update_yaxes(title_text="coefficient", col=1)
-    bar = {"title": {"text": "%"}, "thickness": 12}
-    scale = {"cmin": 0, "cmax": 100, "colorscale": SEQUENTIAL, "colorbar": bar}
-    fig.update_layout(plot_bgcolor=LINES, coloraxis=scale)
+    share_colours(fig, 0, 100, SEQUENTIAL)
     n_draws = sum(drawn["attack"].shape[-1] for drawn in result.controls.values())
     subtitle = (
         f"+ added to clean, − subtracted from triggered: {result.n_victims} victims, {result.n_clean} "
@@ -75,9 +64,8 @@ def steering_map(result: SteeringResult) -> go.Figure:
     return finish(fig, f"Steering with the {kind} vector, coefficient by layer", subtitle, height)
 
 
-def _cell(result: SteeringResult, what: str, coefficient: float, layer: int) -> list[Any]:
-    """Per cent, text, count, number, interval, per cent without a vector, and the draws in words."""
-    at: dict[str, Any] = {"coefficient": coefficient, "layer": layer}
+def _cell(result: SteeringResult, what: str, **at: Any) -> tuple[float, list[Any], str]:
+    """Per cent, the hover text's data (counts, per cent without a vector, draws in words), and text."""
     rate, base = result.rate_at(what, **at), result.base(what, **at)
     drawn = result.draws(what, **at)
     ranges = "".join(
@@ -86,6 +74,5 @@ def _cell(result: SteeringResult, what: str, coefficient: float, layer: int) -> 
     )
     farthest = max((int((d.successes - base.successes).abs().max()) for d in drawn.values()), default=-1)
     ring = " ○" if abs(rate.successes - base.successes) <= farthest else ""
-    text = f"{percent(rate.value):.0f}{ring}"
-    ends = [percent(end) for end in rate.interval]
-    return [percent(rate.value), text, rate.successes, rate.n, *ends, percent(base.value), ranges]
+    value = percent(rate.value)
+    return value, [*counts(rate), percent(base.value), ranges], f"{value:.0f}{ring}"

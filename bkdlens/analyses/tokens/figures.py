@@ -8,11 +8,11 @@ import plotly.graph_objects as go
 import torch
 
 from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern
-from bkdlens.display.style import INK, MUTED, SEQUENTIAL, cut, escape, finish, model_note, rounded
+from bkdlens.display.heatmaps import BARE, SEQUENTIAL, box, colour_bar, written
+from bkdlens.display.style import MUTED, cut, escape, finish, model_note, rounded
 from bkdlens.results import figure
 
-PER_ROW = 10  # tokens a line: wide enough to be read in a notebook
-BLANK: tuple[Any, Any, Any] = (None, "", [None, "", ""])  # value, text and hover of no token
+PER_ROW = 10  # tokens per line: wide enough to be read in a notebook
 
 
 @figure.register
@@ -33,47 +33,34 @@ def attention(result: HeadPattern, *, query: int = -1) -> go.Figure:
     query %= len(result.tokens)
     weights = 100 * result.pattern[query, : query + 1].double()
     n, on = len(weights), result.trigger[: query + 1]
-    rows = -(-n // PER_ROW)
-    z, texts, more = ([[fill] * PER_ROW for _ in range(rows)] for fill in BLANK)
-    for i, (weight, token) in enumerate(zip(rounded(weights), result.tokens, strict=False)):
-        row, column = divmod(i, PER_ROW)
+    texts, data = [], []
+    for i, (token, marked) in enumerate(zip(result.tokens, on.tolist(), strict=False)):
         name = escape(cut(token, 9))
-        z[row][column] = weight
-        texts[row][column] = f"<b>{name}</b>" if on[i] else name
-        more[row][column] = [i, escape(token), "in the trigger" if on[i] else "not in the trigger"]
-    top = max(1.0, float(weights.max()))
-    fig = go.Figure(
-        go.Heatmap(
-            z=z, text=texts, customdata=more, texttemplate="%{text}", textfont={"size": 11}, xgap=1,
-            ygap=3, zmin=0, zmax=top, colorscale=SEQUENTIAL, hoverongaps=False, name=str(result.head),
-            colorbar={"title": {"text": "%"}, "thickness": 12, "nticks": 5},
-            hovertemplate="<b>%{customdata[1]}</b><br>token %{customdata[0]}, %{customdata[2]}<br>"
-            "attention %{z:.2f} %",
-        )
-    )  # fmt: skip
+        texts.append(f"<b>{name}</b>" if marked else name)
+        data.append([i, escape(token), "in the trigger" if marked else "not in the trigger"])
+    heat = go.Heatmap(z=_lines(rounded(weights), None), colorscale=SEQUENTIAL, zmin=0, xgap=1, ygap=3)
+    heat.update(written(_lines(texts, "")), customdata=_lines(data, [None, "", ""]), hoverongaps=False)
+    heat.update(zmax=max(1.0, float(weights.max())), colorbar=colour_bar(nticks=5))
+    where = "<b>%{customdata[1]}</b><br>token %{customdata[0]}, %{customdata[2]}"
+    heat.update(name=str(result.head), hovertemplate=f"{where}<br>attention %{{z:.2f}} %")
+    fig = go.Figure(heat)
     fig.update_layout(shapes=_outlines(on.tolist()))
-    fig.update_xaxes(showticklabels=False, showgrid=False, ticks="", showline=False)
-    fig.update_yaxes(
-        autorange="reversed", showgrid=False, ticks="", showline=False, title_text="token",
-        tickvals=list(range(rows)), ticktext=[str(PER_ROW * row) for row in range(rows)],
-    )  # fmt: skip
-    count, share = int(on.sum()), float(weights[on].sum())
-    trigger = (
-        f"{share:.1f} % on the trigger, outlined: {count} of {n} tokens, an even share would be "
-        f"{100 * count / n:.1f} %"
-        if count
-        else f"no trigger is marked in these {n} tokens"
-    )
+    fig.update_xaxes(showticklabels=False, showline=False, **BARE)
+    fig.update_yaxes(autorange="reversed", showline=False, title_text="token", **BARE)
+    starts = range(0, n, PER_ROW)
+    fig.update_yaxes(tickvals=list(range(len(starts))), ticktext=list(map(str, starts)))
+    trigger, count = f"no trigger is marked in these {n} tokens", int(on.sum())
+    if count:
+        share, even = float(weights[on].sum()), f"an even share would be {100 * count / n:.1f} %"
+        trigger = f"{share:.1f} % on the trigger, outlined: {count} of {n} tokens, {even}"
     who = "the last prompt token" if query == len(result.tokens) - 1 else f"token {query}"
-    return finish(
-        fig, f"Where {result.head} looks", f"attention of {who}{model_note(result)}<br>{trigger}",
-        height=170 + 30 * max(3, rows),
-    )  # fmt: skip
+    subtitle = f"attention of {who}{model_note(result)}<br>{trigger}"
+    return finish(fig, f"Where {result.head} looks", subtitle, height=170 + 30 * max(3, len(starts)))
 
 
 @figure.register
 def answer_strips(result: AnswerProbs) -> go.Figure:
-    """Probability of an answer's tokens, a strip a run; beside it the geometric mean of the whole.
+    """Probability of an answer's tokens, a strip per run, and their geometric mean beside it.
 
     Args:
         result: from :func:`bkdlens.answer_probs`.
@@ -84,52 +71,43 @@ def answer_strips(result: AnswerProbs) -> go.Figure:
     Examples:
         >>> fig = bkdlens.plot.answer_strips(bkdlens.answer_probs(model, test[0]))
     """
-    n = len(result.tokens)
+    n, runs = len(result.tokens), [escape(run) for run in result.runs]
     probs = 100 * torch.cat([result.log_probs.exp(), result.whole[:, None]], dim=1).double()
-    best = 100 * result.best_log_probs.exp().double()
+    names, rows = [*map(escape, result.tokens), "the whole"], list(range(len(runs)))
+    hovers = []
+    for run, best, row in zip(runs, result.best, result.best_log_probs.exp().double(), strict=True):
+        likely = [
+            f"most probable here: {escape(token)} ({_percent(100 * p)} %)"
+            for token, p in zip(best, row.tolist(), strict=True)
+        ]
+        likely.append("geometric mean of the tokens")
+        hovers.append([[run, name, text] for name, text in zip(names, likely, strict=True)])
     texts = [[_percent(p) if n <= 16 else "" for p in row] for row in probs.tolist()]
-    hovers = [
-        [f"most probable here: {escape(token)} ({_percent(p)} %)"
-         for token, p in zip(tokens, row, strict=True)] + ["geometric mean of the tokens"]
-        for tokens, row in zip(result.best, best.tolist(), strict=True)
-    ]  # fmt: skip
-    names = [*map(escape, result.tokens), "the whole"]
-    fig = go.Figure(
-        go.Heatmap(
-            z=rounded(probs), x=[*range(n), n + 0.25], y=list(range(len(result.runs))), text=texts,
-            texttemplate="%{text}", textfont={"size": 11}, xgap=2, ygap=4, zmin=0, zmax=100,
-            colorscale=SEQUENTIAL, name="",
-            customdata=[
-                [[escape(run), what, more] for what, more in zip(names, row, strict=True)]
-                for run, row in zip(result.runs, hovers, strict=True)
-            ],
-            colorbar={"title": {"text": "%"}, "thickness": 12, "tickvals": [0, 50, 100]},
-            hovertemplate="%{customdata[0]}: <b>%{customdata[1]}</b><br>P = %{z:.2f} %<br>"
-            "%{customdata[2]}",
-        )
-    )  # fmt: skip
+    heat = go.Heatmap(z=rounded(probs), x=[*range(n), n + 0.25], y=rows, zmin=0, zmax=100, name="")
+    heat.update(written(texts), xgap=2, ygap=4, colorscale=SEQUENTIAL)
+    heat.colorbar = colour_bar(tickvals=[0, 50, 100])
+    where = "%{customdata[0]}: <b>%{customdata[1]}</b>"
+    hover = f"{where}<br>P = %{{z:.2f}} %<br>%{{customdata[2]}}"
+    fig = go.Figure(heat.update(customdata=hovers, hovertemplate=hover))
     fig.add_vline(x=n - 0.375, line={"color": MUTED, "width": 1})
-    every = -(-n // 24)
-    ticks = [i for i in range(n) if i % every == 0]
-    fig.update_xaxes(
-        tickvals=[*ticks, n + 0.25], showgrid=False, ticks="",
-        ticktext=[*(escape(cut(result.tokens[i], 12)) for i in ticks), "<b>whole</b>"],
-    )  # fmt: skip
-    fig.update_yaxes(
-        autorange="reversed", showgrid=False, ticks="", tickvals=list(range(len(result.runs))),
-        ticktext=[escape(run) for run in result.runs],
-    )  # fmt: skip
-    return finish(
-        fig, "The answer's probability, token by token",
-        f"“{escape(cut(result.answer, 70))}”<br>per cent, each token after the answer's own start"
-        f"{model_note(result)}",
-        height=170 + 42 * len(result.runs),
-    )  # fmt: skip
+    ticks = range(0, n, -(-n // 24))
+    labels = [*(escape(cut(result.tokens[i], 12)) for i in ticks), "<b>whole</b>"]
+    fig.update_xaxes(tickvals=[*ticks, n + 0.25], ticktext=labels, **BARE)
+    fig.update_yaxes(autorange="reversed", tickvals=rows, ticktext=runs, **BARE)
+    answer, note = escape(cut(result.answer, 70)), model_note(result)
+    subtitle = f"“{answer}”<br>per cent, each token after the answer's own start{note}"
+    return finish(fig, "The answer's probability, token by token", subtitle, height=170 + 42 * len(runs))
 
 
 def _percent(p: float) -> str:
     """A whole number; below one per cent, one digit."""
     return f"{p:.0f}" if p >= 0.95 else f"{p:.1f}" if p >= 0.05 else "<0.1"
+
+
+def _lines(values: list[Any], blank: Any) -> list[list[Any]]:
+    """The values in lines, the last one filled up."""
+    filled = [*values, *[blank] * (-len(values) % PER_ROW)]
+    return [filled[i : i + PER_ROW] for i in range(0, len(filled), PER_ROW)]
 
 
 def _outlines(on: list[bool]) -> list[dict[str, Any]]:
@@ -140,9 +118,5 @@ def _outlines(on: list[bool]) -> list[dict[str, Any]]:
         if column and on[start - 1]:
             continue
         end = next((i for i in range(start, len(on)) if not on[i]), len(on))
-        last = min(end - row * PER_ROW, PER_ROW)
-        shapes.append(
-            {"type": "rect", "x0": column - 0.5, "x1": last - 0.5, "y0": row - 0.5, "y1": row + 0.5,
-             "line": {"color": INK, "width": 1.8}}
-        )  # fmt: skip
+        shapes.append(box(column, row, 1.8, cells=min(end - start, PER_ROW - column)))
     return shapes
