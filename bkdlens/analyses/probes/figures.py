@@ -83,7 +83,7 @@ def layer_accuracy(probes: Sequence[ProbeResult], what: ProbeMeasure = "accuracy
     }[what]
     measured, bars = "last prompt token", ""
     if what == "accuracy":
-        measured, bars = f"{'/'.join(kinds).upper()} probes", " · bars: 95 % Wilson interval"
+        measured, bars = f"{escape('/'.join(kinds).upper())} probes", " · bars: 95 % Wilson interval"
     subtitle = f"{measured}, {_tested(probes)}{bars}"
     return finish(fig, title, subtitle, height=430)
 
