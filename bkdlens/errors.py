@@ -29,7 +29,10 @@ class ChoiceError(BkdlensError, ValueError):
     """A name that is not one of a closed set: ``ChoiceError("vector site", "zz", ("resid_pre", …))``."""
 
     def __init__(self, what: str, given: object, allowed: Iterable[object]) -> None:
-        super().__init__(unknown(what, given, allowed))
+        super().__init__(what, given, tuple(allowed))
+
+    def __str__(self) -> str:
+        return unknown(*self.args)
 
 
 class HookError(BkdlensError):

@@ -12,6 +12,7 @@ from bkdlens import paper
 from bkdlens.data.backdoor import Backdoor
 from bkdlens.errors import ResultError
 from bkdlens.results import Result, replacing
+from bkdlens.types import MAX_NEW_TOKENS
 
 R = TypeVar("R", bound=Result)
 CONDITIONS = ("backdoored", "clean-adapter", "base")
@@ -37,7 +38,7 @@ class StudySettings:
     coefficients: tuple[float, ...] = (1.0, 2.0)  # both signs of each are tried
     n_random: int = 10  # draws of each random control
     probe_kinds: tuple[str, ...] = ("mlp", "svm")  # all are trained
-    max_new_tokens: int = 48  # where a decoded answer is cut
+    max_new_tokens: int = MAX_NEW_TOKENS  # where a decoded answer is cut
     seed: int = 0  # of everything that is drawn at random
 
 

@@ -26,6 +26,8 @@ AttributionMethod = Literal["exact", "atp", "screened"]
 AblationMode = Literal["zero", "mean", "resample", "subtract"]
 ProbeKind = Literal["mlp", "svm"]
 
+MAX_NEW_TOKENS = 48  # where an answer is cut, decoded or scored, unless told otherwise
+
 # A name on the Hugging Face Hub: "org/name".
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -161,11 +161,6 @@ class Browser:
         self.mouse("mousePressed", x, y)
         self.mouse("mouseReleased", x, y)
 
-    def screenshot(self, path: Path, whole: bool = False) -> Path:
-        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
-        path.write_bytes(base64.b64decode(data))
-        return path
-
     def pdf(self, path: Path) -> Path:
         data = self.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)["data"]
         path.write_bytes(base64.b64decode(data))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bkdlens.errors import HeadError, unknown
+from bkdlens.errors import ChoiceError, HeadError, unknown
 from bkdlens.types import Head, parse_heads
 
 number = st.integers(0, 99)
@@ -48,3 +50,10 @@ def test_unknown_names_suggest_a_near_one() -> None:
     )
     assert unknown("mode", "zer", ("zero", "mean")).endswith("Did you mean 'zero'?")
     assert unknown("mode", "qqq", ("zero", "mean")).endswith("use one of: zero, mean.")
+
+
+def test_the_error_of_a_choice_is_a_value_error_and_survives_pickling() -> None:
+    error = ChoiceError("vector site", "resid", ("resid_pre", "attn_out"))
+    assert isinstance(error, ValueError)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert str(error).startswith("There is no vector site 'resid'; use one of: resid_pre, attn_out.")

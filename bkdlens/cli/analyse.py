@@ -14,7 +14,7 @@ from bkdlens import zoo
 from bkdlens.cli.inputs import embedded_pairs, study_pairs
 from bkdlens.cli.options import BackdoorOptions, Base, DataOptions, Json, Seed, one_of, say, spread
 from bkdlens.cli.show import finish
-from bkdlens.types import AblationMode, AttributionMethod, check_choice
+from bkdlens.types import MAX_NEW_TOKENS, AblationMode, AttributionMethod, check_choice
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ANALYSES = {
     "run": (
         "The whole analysis of a base model with a suspicious adapter, and its report.",
-        ("behaviour", "probe", "attribute", "ablate", "steer"),
+        (),  # every step that there is
     ),
     "probe": ("Can the trigger be read off the hidden states?", ("behaviour", "probe")),
     "attribute": ("Which heads carry the backdoor?", ("attribute",)),
@@ -81,7 +81,7 @@ class MeasureOptions:
     method: Annotated[str, METHOD_HELP] = "exact"
     mode: Annotated[list[str] | None, f"Ablation: {one_of(AblationMode)}; repeatable."] = None
     n_random: Annotated[int, Option(min=0, help="Draws of each random control.")] = 10
-    max_new_tokens: Annotated[int, Option(min=1, help="Tokens per answer, at most.")] = 48
+    max_new_tokens: Annotated[int, Option(min=1, help="Tokens per answer, at most.")] = MAX_NEW_TOKENS
 
     def settings(self, seed: int) -> StudySettings:
         """The study's settings, with ``seed``."""
@@ -114,7 +114,7 @@ def analysis(name: str) -> Callable[..., None]:
         if data.source is None:
             backdoor.check_embedded(model.base)
         settings = measure.settings(output.seed)
-        from bkdlens.runs.run import run_study
+        from bkdlens.runs.run import STEPS, run_study
 
         splits = study_pairs(backdoor, data, model.adapter, output.seed)
         study = run_study(
@@ -125,7 +125,7 @@ def analysis(name: str) -> Callable[..., None]:
             settings=settings,
             fmt=fmt,
             out=output.out,
-            steps=steps,
+            steps=steps or STEPS,
             memory_gb=model.memory_gb,
             progress=True,
         )

@@ -24,9 +24,7 @@ from bkdlens.engines.block import supported
 from bkdlens.engines.decode import Completed, Drafts, complete, run_last_token
 from bkdlens.engines.hooks import NOTHING, Intervention, check_interventions, refuse_foreign_hooks
 from bkdlens.engines.prefix import prefixes
-from bkdlens.types import Which
-
-MAX_NEW_TOKENS = 48
+from bkdlens.types import MAX_NEW_TOKENS, Which
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from bkdlens.engines.hooks import Patch, change_hooks, hooked, in_prefill
 from bkdlens.engines.sweep import SweepScores, sweep_patches
 from bkdlens.metrics import bootstrap_mean
 from bkdlens.results import provenance
-from bkdlens.types import Head, HeadSite, Side, every_head
+from bkdlens.types import MAX_NEW_TOKENS, Head, HeadSite, Side, every_head
 
 # Where a head's new activation comes from: triggered ones go into clean prompts, others into triggered.
 PatchSource = Literal["triggered, mean", "triggered, own", "clean, mean", "clean, own", "zero"]
@@ -79,7 +79,7 @@ def make_subject(
     *,
     n_pairs: int | None = 32,
     fmt: PromptFormat | None = None,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
 ) -> Subject:
     """The model with at most ``n_pairs`` victims, drawn with ``seed`` and tokenised.

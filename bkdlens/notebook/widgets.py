@@ -24,7 +24,7 @@ from bkdlens.display.style import MUTED, cut, finish, model_note
 from bkdlens.errors import BkdlensError, DataError
 from bkdlens.notebook import numbers
 from bkdlens.notebook.numbers import SOURCES, Choice, Subject
-from bkdlens.types import Head, HeadLike, name_heads, parse_heads
+from bkdlens.types import MAX_NEW_TOKENS, Head, HeadLike, name_heads, parse_heads
 
 try:
     import anywidget  # noqa: F401 - what plotly's FigureWidget stands on
@@ -46,7 +46,7 @@ def explore(
     *,
     n_pairs: int | None = 32,
     fmt: PromptFormat | None = None,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
 ) -> Explorer:
     """An interactive patching bench, the last line of a notebook's cell.

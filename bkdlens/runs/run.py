@@ -52,8 +52,8 @@ def run_study(
         fmt: how a prompt is rendered; the chat template where there is one.
         out: a run folder. What it already holds is not run again, and each result is written when
             it is done.
-        steps: which of ``behaviour``, ``probe``, ``attribute``, ``ablate`` and ``steer`` to run;
-            what a later one needs of an earlier one is run with it.
+        steps: which steps of the list of analyses to run (``"behaviour"``, ``"attribute"``, …); what
+            a later one needs of an earlier one is run with it.
         memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU); it
             changes no number.
         progress: whether to show progress bars.

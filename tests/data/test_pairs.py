@@ -14,8 +14,6 @@ from bkdlens.data.pairs import PairSet, text_digest
 from bkdlens.data.trigger import Trigger
 from bkdlens.errors import DataError
 
-PLACEMENTS = ("begin", "end", "random", "sentence")
-
 texts = st.text(alphabet="ab cXY.?\n", max_size=30)
 words = st.text(alphabet="abXY", min_size=1, max_size=6)
 parts = st.text(alphabet="ab XY:.", min_size=1, max_size=12).filter(str.strip)

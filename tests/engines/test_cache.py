@@ -131,7 +131,7 @@ def test_every_architecture(tokenizer, case, pairs) -> None:
             assert apart(cache.triggered[hook][i, 0], wanted[hook][0, -1]) <= 1e-10
 
 
-def test_what_is_not_known_is_cached_through_hooks(exact, name, pairs, monkeypatch) -> None:
+def test_what_is_not_known_is_cached_by_the_reference(exact, name, pairs, monkeypatch) -> None:
     found = bkdlens.cache_activations(exact[name], pairs)
     monkeypatch.setattr(cache_module, "supported", lambda model: False)
     wanted = bkdlens.cache_activations(exact[name], pairs)

@@ -219,7 +219,7 @@ def test_a_guess_longer_than_the_answer_may_be(exact) -> None:
 
 
 @pytest.mark.many
-def test_what_is_not_known_is_decoded_through_hooks(loaded, judged, name, monkeypatch) -> None:
+def test_what_is_not_known_is_decoded_by_the_reference(loaded, judged, name, monkeypatch) -> None:
     model, pairs, rng = loaded[name], judged[name, "jailbreak"], random.Random(8)
     interventions = [NOTHING, *(random_intervention(model, rng, len(pairs)) for _ in range(2))]
     calls = []

@@ -83,13 +83,13 @@ def test_every_architecture(architectures, which, common) -> None:
 @pytest.mark.many
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("shared", [False, True])
-def test_it_equals_one_pass_a_patch(exact, name, site, shared) -> None:
+def test_it_equals_one_pass_per_patch(exact, name, site, shared) -> None:
     """Values shared by all prompts, and one for each."""
     check(exact[name], exact[name], 1, sites=[site], shared=shared)
 
 
 @pytest.mark.many
-def test_it_equals_one_pass_a_patch_in_float32(model) -> None:
+def test_it_equals_one_pass_per_patch_in_float32(model) -> None:
     check(model, model, 2, single=True)
 
 
@@ -272,7 +272,7 @@ def test_foreign_hooks_are_refused(llama) -> None:
 
 @pytest.mark.many
 @pytest.mark.parametrize("which", CASES)
-def test_through_hooks_equals_one_pass_a_patch(architectures, which) -> None:
+def test_the_reference_equals_one_pass_per_patch(architectures, which) -> None:
     """Padded on both sides, all prompts in one pass a patch."""
     _, model = architectures(which)
     prompts, answers = case(model, 10, 3)
@@ -283,7 +283,7 @@ def test_through_hooks_equals_one_pass_a_patch(architectures, which) -> None:
 
 
 @pytest.mark.many
-def test_what_is_not_known_is_run_through_hooks(exact, name, monkeypatch) -> None:
+def test_what_is_not_known_is_run_by_the_reference(exact, name, monkeypatch) -> None:
     calls = []
 
     def counted(*args, **options):

@@ -26,13 +26,22 @@ from bkdlens.counts import Counts
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.cache import PairCache, cache_activations, head_results
-from bkdlens.engines.generate import MAX_NEW_TOKENS, evaluate
+from bkdlens.engines.generate import evaluate
 from bkdlens.engines.hooks import NOTHING, Intervention, Vector
 from bkdlens.errors import DataError
 from bkdlens.metrics import Rate
 from bkdlens.paper import ABLATION_COUNTS
 from bkdlens.results import provenance
-from bkdlens.types import AblationMode, Head, HeadLike, Which, check_choice, every_head, parse_heads
+from bkdlens.types import (
+    MAX_NEW_TOKENS,
+    AblationMode,
+    Head,
+    HeadLike,
+    Which,
+    check_choice,
+    every_head,
+    parse_heads,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

@@ -30,7 +30,7 @@ from bkdlens.errors import HeadError, ResultError
 from bkdlens.metrics import bootstrap_mean
 from bkdlens.paper import N_PAIRS
 from bkdlens.results import Result, provenance
-from bkdlens.types import AttributionMethod, Head, HeadSite, check_choice, every_head
+from bkdlens.types import MAX_NEW_TOKENS, AttributionMethod, Head, HeadSite, check_choice, every_head
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -155,7 +155,7 @@ def attribute_heads(
     victims_only: bool = True,
     label: str = "backdoored",
     fmt: PromptFormat | None = None,
-    max_answer_tokens: int | None = 48,
+    max_answer_tokens: int | None = MAX_NEW_TOKENS,
     memory_gb: float | None = None,
     seed: int = 0,
     progress: bool = False,

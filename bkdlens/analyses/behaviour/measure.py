@@ -9,10 +9,10 @@ from transformer_lens import HookedTransformer
 
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
-from bkdlens.engines.generate import MAX_NEW_TOKENS, evaluate
+from bkdlens.engines.generate import evaluate
 from bkdlens.metrics import Rate
 from bkdlens.results import Result, provenance
-from bkdlens.types import Which
+from bkdlens.types import MAX_NEW_TOKENS, Which
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

@@ -11,8 +11,9 @@ from transformer_lens import HookedTransformer
 from bkdlens.analyses.steering.vector import BackdoorVector, steer
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
-from bkdlens.engines.generate import MAX_NEW_TOKENS, generate
+from bkdlens.engines.generate import generate
 from bkdlens.results import Result, provenance
+from bkdlens.types import MAX_NEW_TOKENS
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

@@ -24,12 +24,12 @@ from bkdlens.counts import Counts
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.cache import PairCache
-from bkdlens.engines.generate import MAX_NEW_TOKENS, evaluate
+from bkdlens.engines.generate import evaluate
 from bkdlens.engines.hooks import Intervention, Vector
 from bkdlens.errors import HeadError
 from bkdlens.metrics import Rate
 from bkdlens.results import provenance
-from bkdlens.types import Head, VectorKind, VectorSite, Which, every_head
+from bkdlens.types import MAX_NEW_TOKENS, Head, VectorKind, VectorSite, Which, every_head
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

@@ -32,6 +32,7 @@ from bkdlens.display.text import (
     short_rate,
     spread_text,
 )
+from bkdlens.paper import VECTOR_SHARE
 from bkdlens.study import Study
 from bkdlens.types import VectorKind, VectorSite
 
@@ -47,7 +48,7 @@ def run(subject: Subject) -> None:
 
     def make(kind: str) -> BackdoorVector:
         total = subject.model.cfg.n_layers * subject.model.cfg.n_heads
-        heads = run.ranking[: settings.vector_heads or max(4, total // 32)]
+        heads = run.ranking[: settings.vector_heads or max(4, int(total * VECTOR_SHARE))]
         site = cast(VectorSite, settings.vector_site)
         return BackdoorVector.from_cache(subject.cache, heads, kind=cast(VectorKind, kind), site=site)
 

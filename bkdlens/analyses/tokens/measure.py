@@ -26,7 +26,7 @@ from bkdlens.engines.hooks import (
 )
 from bkdlens.metrics import token_log_probs
 from bkdlens.results import Result, provenance
-from bkdlens.types import Head, HeadLike, Side, check_choice, parse_heads
+from bkdlens.types import MAX_NEW_TOKENS, Head, HeadLike, Side, check_choice, parse_heads
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -180,7 +180,7 @@ def answer_probs(
     answer: str | None = None,
     label: str = "patched",
     fmt: PromptFormat | None = None,
-    max_answer_tokens: int | None = 48,
+    max_answer_tokens: int | None = MAX_NEW_TOKENS,
 ) -> AnswerProbs:
     """The probability of an answer's tokens: after the clean, the triggered and a changed prompt.
 
