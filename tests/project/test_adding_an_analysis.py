@@ -58,6 +58,8 @@ def copy(tmp_path_factory) -> Path:
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, root)
     shutil.copytree(ROOT / "docs" / "reference", root / "docs" / "reference")
+    (root / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "test_public.py", root / "tests")
     for kind, name, text in BLOCK.findall(PAGE.read_text()):
         file = root / name
         if kind == "diff":
@@ -91,6 +93,11 @@ def test_it_works(copy) -> None:
 def test_the_rules_of_the_house_still_hold(copy) -> None:
     assert run(copy, "lint-imports", "--no-cache").returncode == 0
     assert run(copy, "ruff", "check", "bkdlens/analyses/confidence").returncode == 0
+
+
+def test_the_new_names_are_documented(copy) -> None:
+    done = run(copy, sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "tests")
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_bill_is_at_most_ten_files() -> None:
