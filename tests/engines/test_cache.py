@@ -57,6 +57,7 @@ def test_one_pass_over_everything(llama, pairs, passes) -> None:
     assert len(last) < len(pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.float64
 def test_one_pass_a_batch(llama, pairs, passes) -> None:
     """With no memory a batch is one prompt, and nothing is padded: each token is run once."""

@@ -158,7 +158,7 @@ def check_complete(setting: Setting, size: float, n_drafts: int, most: int = CUT
             assert list(few[run]) == []
 
 
-@pytest.mark.many
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(st.integers(0, 2**30))
 @pytest.mark.parametrize("which", ["llama", "qwen"])
@@ -166,7 +166,7 @@ def test_the_last_token_under_any_interventions(exact, which, seed) -> None:
     check_last_token(Setting(exact[which], seed))
 
 
-@pytest.mark.many
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.integers(0, 2**30))
 @pytest.mark.parametrize("which", ["llama", "qwen"])
@@ -174,7 +174,7 @@ def test_following_an_answer(exact, which, seed) -> None:
     check_follow(Setting(exact[which], seed))
 
 
-@pytest.mark.many
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.integers(0, 2**30))
 @pytest.mark.parametrize("which", ["llama", "qwen"])

@@ -173,7 +173,7 @@ def test_no_estimate_is_above_probability_1(exact, name) -> None:
     assert far(found[~above], wanted[~above]) <= EXACT * float(wanted.abs().max())
 
 
-@pytest.mark.many
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.integers(0, 2**30))
 @pytest.mark.parametrize("which", ["llama", "qwen"])

@@ -206,6 +206,7 @@ def test_decode_equals_hugging_face(architectures, which) -> None:
         assert found.texts[0, p] == text_of(t for t in hugging_face(hf, prompt.ids, 8) if t > 3)
 
 
+@pytest.mark.slow
 def test_a_guess_longer_than_the_answer_may_be(exact) -> None:
     """What is decoded behind it is cut all the same."""
     model, rng = exact["llama"], random.Random(0)
@@ -218,7 +219,7 @@ def test_a_guess_longer_than_the_answer_may_be(exact) -> None:
         assert found.texts == {(0, 0): text_of(said[:cut])}
 
 
-@pytest.mark.many
+@pytest.mark.slow
 def test_what_is_not_known_is_decoded_by_the_reference(loaded, judged, name, monkeypatch) -> None:
     model, pairs, rng = loaded[name], judged[name, "jailbreak"], random.Random(8)
     interventions = [NOTHING, *(random_intervention(model, rng, len(pairs)) for _ in range(2))]

@@ -57,6 +57,7 @@ def test_it_is_transformerlens_own_cache(architectures, case, common) -> None:
     check(model, prompts_of(random.Random(2), 4, 2, 14, common))
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.integers(4, 6), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_any_prompts(exact, rows) -> None:
     """Of three tokens, so that many begin alike, are identical, or are the beginning of another."""

@@ -282,7 +282,7 @@ def test_the_reference_equals_one_pass_per_patch(architectures, which) -> None:
     assert model.cfg.use_attn_result is False
 
 
-@pytest.mark.many
+@pytest.mark.slow
 def test_what_is_not_known_is_run_by_the_reference(exact, name, monkeypatch) -> None:
     calls = []
 

@@ -385,7 +385,7 @@ def test_zoo_adapters_together() -> None:
     refused("Did you mean 'jailbreak'", "tiny-llama", ["fixed_output", "jailbrake"])
 
 
-@pytest.mark.many
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options",

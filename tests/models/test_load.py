@@ -242,6 +242,7 @@ def test_tokenizer_is_ready_and_not_reloaded(pair, monkeypatch):
     assert mine.padding_side == "right"
 
 
+@pytest.mark.slow
 def test_dtype(pair):
     base, adapter = pair
     model = load(base, adapter, dtype="bfloat16", device="cpu")

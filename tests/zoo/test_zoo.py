@@ -126,7 +126,7 @@ def test_unknown_names_say_what_there_is():
         inspect.unwrap(zoo.pairs)("jailbreak", "dev")  # past the type checker
 
 
-@pytest.mark.many
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.MODELS)
 @pytest.mark.parametrize("kind", zoo.BACKDOORS)
 def test_sweep_equals_one_naive_pass_a_head(name, kind):

@@ -145,7 +145,7 @@ def test_all_heads_with_their_own_activation_change_nothing(model, fixed, own) -
     assert len(set(result.clean.flatten().tolist())) == 1
 
 
-@pytest.mark.many
+@pytest.mark.slow
 @pytest.mark.float64
 def test_resample_takes_clean_prompts_of_the_cache(model, fixed, cache) -> None:
     result = ablate_heads(

@@ -120,6 +120,7 @@ def test_train_and_test_share_no_prompt(planted, monkeypatch) -> None:
     assert not which[0] & which[1]
 
 
+@pytest.mark.slow
 def test_seeds(planted) -> None:
     for kind in ("svm", "mlp"):
         one, again = (train_probes(planted, kind=kind, seed=3, n_draws=2) for _ in range(2))

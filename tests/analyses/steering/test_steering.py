@@ -219,7 +219,7 @@ def test_controls(loaded, judged, caches) -> None:
     assert bare.random_vectors.shape == (2, 3, 3)
 
 
-@pytest.mark.many
+@pytest.mark.slow
 @pytest.mark.float64
 def test_a_draw_is_counted_in_its_own_place(model, name, judged, cache, monkeypatch) -> None:
     """The vector itself as the control, beside one that does nothing."""
