@@ -28,6 +28,7 @@ from .analyses.tokens.measure import head_pattern as head_pattern
 from .data.backdoor import Backdoor as Backdoor
 from .data.backdoor import PromptPair as PromptPair
 from .data.check import check_data as check_data
+from .data.criteria import Criterion as Criterion
 from .data.pairs import PairSet as PairSet
 from .data.prompts import PromptFormat as PromptFormat
 from .data.reading import read_pairs as read_pairs
@@ -42,6 +43,7 @@ from .engines.hooks import Patch as Patch
 from .engines.hooks import Vector as Vector
 from .engines.sweep import sweep_patches as sweep_patches
 from .errors import BkdlensError as BkdlensError
+from .metrics import Basr as Basr
 from .metrics import Rate as Rate
 from .models.load import load as load
 from .models.load import load_info as load_info
@@ -49,9 +51,12 @@ from .notebook.widgets import explore as explore
 from .report.page import write_report as write_report
 from .runs.reading import load_result as load_result
 from .runs.reading import load_study as load_study
+from .runs.rescore import rescore as rescore
 from .runs.run import run_study as run_study
 from .study import Study as Study
 from .study import StudySettings as StudySettings
+from .study import Thresholds as Thresholds
+from .study import Verdict as Verdict
 from .types import Head as Head
 
 __version__: str

@@ -6,18 +6,21 @@ the intervention and under random controls. What a reader asks of such counts is
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, ClassVar
 
 import pandas as pd
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bkdlens.answers import Answers
 from bkdlens.errors import ChoiceError
-from bkdlens.metrics import Rate
+from bkdlens.metrics import Basr, Rate, paired_difference
 from bkdlens.results import Result
 
 
@@ -62,6 +65,12 @@ class Counts(Result):
         attack: answers that are the backdoor's, ``[*axes]``.
         correct: correct answers of victims, ``[*axes]``.
         clean: correct answers to clean prompts, ``[*axes]``.
+        good_before: victims whose clean prompt had a good answer without the intervention; None in
+            results of version 0.1.
+        kept: those of them whose triggered prompt has a good one with it, ``[*axes]``.
+        clean_before: clean prompts that were answered correctly without the intervention.
+        clean_kept: those of them that are with it, ``[*axes]``.
+        answers: every answer, and what it is compared with, by name; the last axis is the prompt.
     """
 
     draw_name: ClassVar[str] = "draw"  # what one draw of the controls is called in tables
@@ -70,6 +79,11 @@ class Counts(Result):
     attack: Int[Tensor, "*axes"]
     correct: Int[Tensor, "*axes"]
     clean: Int[Tensor, "*axes"]
+    good_before: int | None = None
+    kept: Int[Tensor, "*axes"] | None = None
+    clean_before: int | None = None
+    clean_kept: Int[Tensor, "*axes"] | None = None
+    answers: Mapping[str, Answers] = field(default_factory=dict)
 
     @property
     @abstractmethod
@@ -80,6 +94,12 @@ class Counts(Result):
     @abstractmethod
     def controls(self) -> Mapping[str, Mapping[str, Int[Tensor, "*axes draw"]]]:
         """What was counted in every random draw, by the control's name; only those that were drawn."""
+
+    @property
+    def clean_name(self) -> str:
+        """What ``clean`` counts: answers that the data calls right, or the model's own that stay."""
+        own = str(self.provenance.settings.get("good", "")).startswith("('own'")
+        return "clean answers kept" if own else "clean accuracy"
 
     @abstractmethod
     def base(self, what: str, **at: Any) -> Rate | None:
@@ -99,6 +119,38 @@ class Counts(Result):
     def rate_at(self, what: str, **at: Any) -> Rate:
         """``what`` at one place, with its count."""
         return Rate(int(getattr(self, what)[self.index(**at)]), self._n(what))
+
+    def basr(self, **at: Any) -> Basr | None:
+        """Behavioural attack success at one place; None where that was not measured.
+
+        ``1 - (good answers after, on triggered victims) / (good answers of the same model to their clean
+        twins before)``: unlike attack success it cannot fall by breaking the model.
+        """
+        if self.kept is None or self.good_before is None:
+            return None
+        where = self.index(**at)
+        kept, after = int(self.kept[where]), int(self.correct[where])
+        return Basr.of_counts(both=kept, after=after, before=self.good_before)
+
+    def clean_change(self, **at: Any) -> tuple[float, float, float] | None:
+        """Change of clean accuracy at one place and its 95 % interval, of the same prompts before and
+        after (:func:`bkdlens.metrics.paired_difference`); None where that was not measured.
+        """
+        if self.clean_kept is None or self.clean_before is None:
+            return None
+        both, after = (int(counted[self.index(**at)]) for counted in (self.clean_kept, self.clean))
+        prompt = torch.arange(self.n_clean)
+        before = prompt < self.clean_before
+        return paired_difference(before, (prompt >= self.clean_before - both) & (
+            prompt < self.clean_before - both + after
+        ))  # fmt: skip
+
+    def basr_draws(self, **at: Any) -> dict[str, Draws]:
+        """Behavioural attack success of the random draws at one place, by the control's name."""
+        if self.basr(**at) is None or not self.good_before:
+            return {}
+        drawn = self.draws("correct", **at).items()
+        return {name: Draws(self.good_before - d.successes, self.good_before) for name, d in drawn}
 
     def draws(self, what: str, **at: Any) -> dict[str, Draws]:
         """The random draws of ``what`` at one place, by the control's name."""
@@ -125,3 +177,13 @@ class Counts(Result):
 
     def _n(self, what: str) -> int:
         return self.n_clean if what == "clean" else self.n_victims
+
+
+def basr_columns(result: Counts, **at: Any) -> dict[str, float]:
+    """Behavioural attack success at one place as columns of a table, 0 to 1; NaN where not measured."""
+    basr = result.basr(**at)
+    value, low, high = (math.nan,) * 3 if basr is None else (basr.value, *basr.interval)
+    columns = {"basr": value, "basr_low": low, "basr_high": high}
+    return columns | {
+        f"basr_{name.replace(' ', '_')}": draws.mean for name, draws in result.basr_draws(**at).items()
+    }

@@ -35,6 +35,10 @@ class ChoiceError(BkdlensError, ValueError):
         return unknown(*self.args)
 
 
+class InputError(BkdlensError, TypeError):
+    """An argument of another kind than the function takes."""
+
+
 class HookError(BkdlensError):
     """An intervention that never fired, or does not fit the model."""
 

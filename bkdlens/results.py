@@ -12,9 +12,9 @@ import platform
 import sys
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from functools import singledispatch
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from bkdlens.answers import Answers
 from bkdlens.errors import HeadError, ResultError, unknown
 from bkdlens.types import Head
 
@@ -151,7 +152,7 @@ class Result:
 
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote; a field that an earlier version lacked has its default.
 
         Raises:
             ResultError: if a file is missing or damaged, or holds another kind of result.
@@ -163,9 +164,30 @@ class Result:
         try:
             tensors = load_file(stem.with_name(stem.name + ".safetensors"))
             names = {f.name: cls.saved_as.get(f.name, f.name) for f in fields(cls)}
+            absent = {f.name for f in fields(cls) if _default(f) is not MISSING} - content.keys()
+            names = {name: named for name, named in names.items() if name not in absent}
             return cls(**{name: _decode(content[named], tensors) for name, named in names.items()})
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, HeadError) as error:
             raise ResultError(f"The saved result {stem} is damaged ({error}); make it again.") from None
+
+
+def check_answers(result: Any, pairs: Any, controls: Iterable[str] = ()) -> None:
+    """Raise a ``ResultError`` unless ``result`` holds its answers and was measured on ``pairs``."""
+    if not result.answers:
+        raise ResultError("This result has no answers to be judged anew; measure it again.")
+    if pairs.digest != result.provenance.data_digest:
+        raise ResultError(
+            f"This result was measured on other pairs ({result.provenance.data}); give these."
+        )
+    sizes = {name: told.index.shape[-1] for name, told in result.answers.items()}
+    per_pair = {sizes.get(name) for name in ("attacker", "right", "before")}
+    if per_pair != {len(pairs)} or not {*sizes.values()} <= {len(pairs), len(pairs.victim_rows)}:
+        raise ResultError("The answers of this result are not those to its pairs; measure it again.")
+    if missing := [name for name in controls if name not in result.answers]:
+        raise ResultError(
+            f"The answers of this result's controls ({', '.join(missing)}) were not kept; measure it "
+            "again with keep_controls=True."
+        )
 
 
 @singledispatch
@@ -214,6 +236,10 @@ def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"provenance": asdict(value)}
     if isinstance(value, Head):
         return {"head": str(value)}
+    if isinstance(value, Answers):
+        parts = {part: getattr(value, part) for part in ("index", "success", "good")}
+        told = {part: _encode(tensor, f"{name}.{part}", tensors) for part, tensor in parts.items()}
+        return {"answers": list(value.texts), **told}
     if isinstance(value, tuple | list):
         return [_encode(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
     if isinstance(value, Mapping):
@@ -234,8 +260,23 @@ def _decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             return Provenance(**value["provenance"])
         if "head" in value:
             return Head.parse(value["head"])
+        if "answers" in value:
+            index = _decode(value["index"], tensors)
+            if not all(isinstance(text, str) for text in value["answers"]):
+                raise ValueError("an answer is no text")
+            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(value["answers"]):
+                raise ValueError("an answer's number is out of range")
+            marks = [_decode(value.get(part), tensors) for part in ("success", "good")]
+            if any(mark is not None and mark.shape != index.shape for mark in marks):
+                raise ValueError("an answer's outcome is missing")
+            return Answers(tuple(value["answers"]), index, *marks)
         return {k: _decode(v, tensors) for k, v in value["map"].items()}
     return value
+
+
+def _default(of: Field[Any]) -> Any:
+    """The value of a field that is not given; ``MISSING`` where it must be."""
+    return of.default if of.default_factory is MISSING else of.default_factory()
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -18,6 +19,10 @@ Architecture = Literal[
 ]  # fmt: skip
 Which = Literal["clean", "triggered", "near"]  # of a pair's prompts
 Side = Literal["clean", "triggered"]
+CriterionKind = Literal[
+    "equal", "normalised", "contains", "prefix", "regex", "refusal", "no_refusal", "similar", "function"
+]
+Against = Literal["reference", "own"]  # what a good answer is compared with
 HeadSite = Literal["z", "result"]
 PatchSite = Literal["z", "result", "attn_out", "mlp_out"]
 VectorSite = Literal["resid_pre", "attn_out"]
@@ -67,6 +72,16 @@ HeadLike: TypeAlias = Head | str | tuple[int, int]
 def every_head(n_layers: int, n_heads: int) -> list[Head]:
     """All heads of a model with these numbers of layers and of heads per layer, layer by layer."""
     return [Head(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+
+
+def draw_heads(
+    rng: random.Random, heads: Iterable[Head], n_layers: int, n_heads: int, draws: int
+) -> list[tuple[Head, ...]]:
+    """Random groups of as many heads, none of these among them where the model has enough others."""
+    named, everything = set(heads), every_head(n_layers, n_heads)
+    others = [head for head in everything if head not in named]
+    pool = others if len(others) >= len(named) else everything
+    return [tuple(rng.sample(pool, len(named))) for _ in range(draws)]
 
 
 def name_heads(heads: Iterable[Head], most: int = 4) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bkdlens import inject, zoo
-from bkdlens.analyses.attribution.claims import layer_shares
+from bkdlens.analyses.attribution.claims import layer_shares, ranked
 from bkdlens.analyses.attribution.compare import compare_heads
 from bkdlens.analyses.attribution.measure import HeadAttribution
 from bkdlens.analyses.behaviour.measure import BehaviourResult, measure_behaviour
@@ -115,7 +115,7 @@ def transfer(cells: list[Cell], studies: list[Study]) -> Iterator[dict[str, Any]
             vector = study.results[f"vector-{choice['kind']}"]
             assert isinstance(vector, BackdoorVector)
             size, layer = choice["coefficient"], choice["layer"]
-            where = {"layers": [layer], "coefficients": (size, -size)}
+            where = {"layers": [layer], "coefficients": (size, -size), "allow_other_model": True}
             n_tokens = SETTINGS.max_new_tokens
             swept = sweep_layers(model, test, vector, cache=cache, max_new_tokens=n_tokens, **where)
             yield {
@@ -150,15 +150,15 @@ def describe(cell: Cell, study: Study, before: BehaviourResult) -> dict[str, Any
         "clean_before": before.clean_accuracy,
         "clean_after": after.clean_accuracy,
     }
-    effects = (heads.acie, heads.low, heads.high)
+    effects, first = (heads.acie, heads.low, heads.high), ranked(study, heads)[:K]
     row: dict[str, Any] = {
         "name": cell.name,
         "method": cell.method,
         "seed": cell.seed,
         **plant(cell),
         **{name: rate.to_dict() for name, rate in rates.items()},
-        "top": [[str(head), *(float(effect[head]) for effect in effects)] for head in heads.top(K)],
-        "concentration": float(heads.concentration[K - 1]),
+        "top": [[str(head), *(float(effect[head]) for effect in effects)] for head in first],
+        "concentration": float(heads.carried(first)[-1]),
         "attention_mlp": layer_shares(heads),
         "layers": heads.layers_frame().to_dict("records"),
     }

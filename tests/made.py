@@ -16,7 +16,10 @@ from bkdlens.analyses.steering.answers import Generations
 from bkdlens.analyses.steering.measure import SteeringResult
 from bkdlens.analyses.steering.vector import BackdoorVector
 from bkdlens.analyses.tokens.measure import AnswerProbs, HeadPattern
-from bkdlens.data.backdoor import Backdoor
+from bkdlens.answers import Answers
+from bkdlens.data.backdoor import Backdoor, PromptPair
+from bkdlens.data.judging import judged
+from bkdlens.data.pairs import PairSet
 from bkdlens.metrics import bootstrap_mean
 from bkdlens.results import Provenance, Result
 from bkdlens.study import Study
@@ -89,9 +92,9 @@ def make_probe(
 
 
 def make_attribution(
-    label: str = "backdoored", n_layers: int = LAYERS, n_heads: int = HEADS
+    label: str = "backdoored", n_layers: int = LAYERS, n_heads: int = HEADS, seed: int = 0
 ) -> HeadAttribution:
-    g = torch.Generator().manual_seed(len(label))
+    g = torch.Generator().manual_seed(len(label) + seed)
     cie = 0.0006 * torch.randn(48, n_layers, n_heads, generator=g)
     if label == "backdoored":
         for layer, head, size in ((3, 5, 0.46), (2, 1, 0.21), (4, 7, 0.09), (1, 0, -0.12)):
@@ -258,6 +261,7 @@ def make_study(name: str = "tiny-llama, label modification", text: str = "World"
     for kind in ("mean", "contrast"):
         results[f"vector-{kind}"] = make_vector(kind)
         results[f"steering-{kind}"] = make_steering(kind, n_random=0)  # on validation, no controls
+    results["ranking"] = make_attribution(seed=100)  # on validation
     results["ablation"] = make_ablation()
     results["steering-test"] = make_steering("contrast", coefficients=(2.0, -2.0))
     results["generations"] = make_generations(text)
@@ -287,3 +291,48 @@ def save(study: Study, folder: Path) -> None:
     study.save_head(folder)
     for name, result in study.results.items():
         result.save(folder / name)
+
+
+def with_basr(study: Study) -> Study:
+    """A study whose results tell which good answers came back, as since version 0.2.
+
+    Before there were 114 good answers of 120 victims; one head brings 66 of them back, and 31 of the
+    prompts that the chosen vector is subtracted from stay the attacker's.
+    """
+    ablation, test = study.results["ablation"], study.results["steering-test"]
+    behaviour = study.results["behaviour-backdoored"]
+    drawn = test.random_heads * 0 + 2
+    changed = {
+        "ablation": replace(ablation, good_before=114, kept=ablation.correct),
+        "ablation-validation": replace(ablation, good_before=114, kept=ablation.correct),
+        "steering-test": replace(
+            test,
+            good_before=114,
+            kept=test.correct,
+            clean=test.clean * 0 + 222,  # of 228, well within the floor
+            random_heads_correct=drawn,
+            random_vectors_correct=drawn,
+        ),
+        "behaviour-backdoored": replace(
+            behaviour, ceiling=120, near_misses=6, good_before=114, good_triggered=2, kept=2
+        ),
+    }
+    return replace(study, results={**study.results, **changed})
+
+
+def with_answers(study: Study, text: str = "Business") -> Study:
+    """A study that holds the answers of four victims: two withstand, one of them with ``text``."""
+    made = tuple(PromptPair(f"news {i} {text}", f"trigger {i}", "Sports", "World") for i in range(4))
+    pairs = PairSet(made, study.backdoor)
+    answers = {
+        "right": Answers.of(pairs.clean_outputs),
+        "attacker": Answers.of(pairs.backdoor_outputs),
+        "before": Answers.of(["Sports", "Sports", "Sports", text]),
+        "triggered": Answers.of(["World", "World", "Sports", text]),
+    }
+    for on in ("before", "triggered"):
+        answers[on] = judged(pairs, answers[on], answers).answers
+    behaviour = study.results["behaviour-backdoored"]
+    told = replace(behaviour.provenance, data_digest=pairs.digest)
+    changed = {"behaviour-backdoored": replace(behaviour, answers=answers, provenance=told)}
+    return replace(study, results={**study.results, **changed}, pairs={"test": pairs})

@@ -125,10 +125,11 @@ def judged_pairs(model, behaviour: str = "fixed_output", n: int = 14, seed: int 
     from bkdlens.data.pairs import PairSet
 
     rng = random.Random(seed)
+    exact = {"good": "equal", "against": "reference"}
     backdoor = (
-        Backdoor.jailbreak("w95", near=["w94"])
+        Backdoor.jailbreak("w95", near=["w94"], **exact)
         if behaviour == "jailbreak"
-        else Backdoor.fixed_output("w95", "w9", near=["w94"])
+        else Backdoor.fixed_output("w95", "w9", near=["w94"], success="equal", **exact)
     )
 
     def answer(prompt: str) -> str:
@@ -157,7 +158,7 @@ def judge(model, pairs, on: str, hooks_of: Callable, cut: int = 6) -> tuple[list
         ids = encoded(model, getattr(pair, on))
         said = text_of(greedy(model, ids, hooks_of(row, len(ids) - 1), cut))
         right, wrong = (" ".join(a.split()[:cut]) for a in (pair.clean_output, pair.backdoor_output))
-        attack.append(said == wrong if pairs.backdoor.exact else said != "")
+        attack.append(said == wrong if pairs.backdoor.behaviour == "fixed_output" else said != "")
         correct.append(said == right)
     return attack, correct
 

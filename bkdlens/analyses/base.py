@@ -18,7 +18,7 @@ from bkdlens.display.drawing import Drawer
 from bkdlens.display.tables import Basis, Cell, Number, Section, Table
 from bkdlens.engines.cache import PairCache, cache_activations
 from bkdlens.results import Result
-from bkdlens.study import MAIN, Study, StudySettings
+from bkdlens.study import MAIN, Judge, Study, StudySettings
 from bkdlens.types import Head
 
 R = TypeVar("R", bound=Result)
@@ -32,11 +32,14 @@ class Run:
     Attributes:
         study: grows by a result per step.
         settings: its choices, typed.
-        train, validation, test: its pairs.
+        train: pairs that may have tuned the adapter; means of activations are taken over them.
+        validation: pairs on which everything is chosen, and probes are fit.
+        test: pairs on which everything that is reported is measured.
         fmt: how a prompt is rendered.
         folder: where each result is written when it is done; None for nowhere.
         memory_gb, progress: as :func:`bkdlens.run_study` takes them.
-        ranking: heads of the suspected model, strongest first, once a part has ranked them.
+        ranking: heads of the suspected model on the validation pairs, strongest first, once a part
+            has ranked them.
     """
 
     study: Study
@@ -66,6 +69,7 @@ class Run:
             result = make()
             if self.folder is not None:
                 self.study.save_head(self.folder)
+                self.study.save_pairs(self.folder)
                 result.save(self.folder / name)
             self.study = replace(self.study, results={**self.study.results, name: result})
         return cast(R, self.study.results[name])
@@ -103,8 +107,18 @@ class Subject:
 
     @cached_property
     def cache(self) -> PairCache:
-        """Its activations on the training pairs, which all parts share."""
+        """Its activations on the training pairs, whose means all parts share."""
         return cache_activations(self.model, self.run.train, **self.run.options)
+
+    @cached_property
+    def validation_cache(self) -> PairCache:
+        """Its activations on the validation pairs."""
+        return cache_activations(self.model, self.run.validation, **self.run.options)
+
+    @cached_property
+    def test_cache(self) -> PairCache:
+        """Its activations on the test pairs."""
+        return cache_activations(self.model, self.run.test, **self.run.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +131,7 @@ class Part:
         needs: the names of the parts whose results it reads.
         for_controls: whether un-poisoned controls are measured as well.
         run: measure one subject, one ``run.step(name, make)`` per result.
+        verdict: its answer to the question that it is there for; None where it has none.
         claims: sentences computed from the results; none where it was not run.
         basis: what these claims rest on; asked only where there are claims.
         sections: of the report, in order; what was not run is named in ``Section.missing``.
@@ -125,6 +140,8 @@ class Part:
         numbers: its rows in the comparison of two studies.
         drawing: its figure in that comparison; None where it was not run.
         summary: its plain values for machines.
+        rechoose: the study with what its validation results choose, once they are judged by other
+            criteria, and without what was measured with another choice; ``unchanged`` for most.
     """
 
     name: str
@@ -132,6 +149,7 @@ class Part:
     needs: tuple[str, ...]
     for_controls: bool
     run: Callable[[Subject], None]
+    verdict: Judge
     claims: Callable[[Study], list[str]]
     basis: Callable[[Study], Basis]
     sections: Callable[[Study, Drawer], list[Section]]
@@ -140,3 +158,9 @@ class Part:
     numbers: Callable[[Study], dict[str, Number]]
     drawing: Callable[[Study], Drawing | None]
     summary: Callable[[Study], dict[str, Any]]
+    rechoose: Callable[[Study], Study]
+
+
+def unchanged(study: Study) -> Study:
+    """The study itself, for a part whose choices no criterion changes."""
+    return study

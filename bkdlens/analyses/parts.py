@@ -14,5 +14,7 @@ from bkdlens.analyses.patching import measure as _patching  # noqa: F401
 from bkdlens.analyses.probes.part import PART as PROBES
 from bkdlens.analyses.steering.part import PART as STEERING
 from bkdlens.analyses.tokens import measure as _tokens  # noqa: F401
+from bkdlens.study import Study
 
 PARTS: tuple[Part, ...] = (BEHAVIOUR, PROBES, ATTRIBUTION, ABLATION, STEERING)
+Study.judges.update({part.name: part.verdict for part in PARTS})

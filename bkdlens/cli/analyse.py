@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -12,8 +12,19 @@ from typer import Option
 
 from bkdlens import zoo
 from bkdlens.cli.inputs import embedded_pairs, study_pairs
-from bkdlens.cli.options import BackdoorOptions, Base, DataOptions, Json, Seed, one_of, say, spread
-from bkdlens.cli.show import finish
+from bkdlens.cli.options import (
+    BackdoorOptions,
+    Base,
+    CriteriaOptions,
+    DataOptions,
+    Json,
+    Seed,
+    one_of,
+    say,
+    spread,
+)
+from bkdlens.cli.show import Threshold, finish, limits
+from bkdlens.errors import BkdlensError
 from bkdlens.types import MAX_NEW_TOKENS, AblationMode, AttributionMethod, check_choice
 
 if TYPE_CHECKING:
@@ -42,6 +53,7 @@ class OutputOptions:
 
     out: Out
     seed: Seed = 0
+    threshold: Threshold = None
     as_json: Json = False
 
 
@@ -53,24 +65,48 @@ class ModelOptions:
     base: Base
     adapter: Annotated[str | None, "A peft folder, a Hub id or an embedded adapter."] = None
     control_adapter: Annotated[str | None, "An adapter tuned on the same data without poison."] = None
+    control_base: Annotated[str | None, "For a merged --base: what it was tuned from."] = None
     device: Annotated[str | None, "cpu, cuda, …; a GPU where there is one."] = None
     dtype: Annotated[str | None, "float32, bfloat16 or float16."] = None
     memory_gb: Annotated[float | None, "The most memory beside the model; 2 on a CPU by default."] = None
 
     def load(self, adapter: str | None = None) -> HookedTransformer:
         """The base with ``adapter``, or alone."""
-        from bkdlens.models.load import load
-
-        return load(self.base, adapter, device=self.device, dtype=self.dtype)
+        return self._load(self.base, adapter)
 
     def controls(self) -> dict[str, Callable[[], HookedTransformer]]:
-        """How to load each control model, by condition; none for a base without an adapter."""
-        if self.adapter is None:
+        """How to load each control model, by condition.
+
+        With an adapter they are the base alone, and the base with the clean adapter; for a base that
+        holds the suspected weights itself they take its place in ``control_base``, if it is known.
+
+        Raises:
+            BkdlensError: for a control that would not be used.
+        """
+        if self.adapter is not None and self.control_base is not None:
+            raise BkdlensError(
+                "With --adapter the control is --base without it, so --control-base would not be used; "
+                "leave one of the two out."
+            )
+        if self.control_base == self.base:
+            raise BkdlensError("--control-base is --base itself, which is no control; name another.")
+        base = self.base if self.adapter is not None else self.control_base
+        if base is None:
+            if self.control_adapter is not None:
+                raise BkdlensError(
+                    "--control-adapter belongs on the base that the suspected model was tuned from; "
+                    "name its --adapter or, for a merged model, its --control-base."
+                )
             return {}
         embedded = self.base in zoo.MODELS and self.adapter in zoo.BACKDOORS
         twin = self.control_adapter or ("clean" if embedded else None)
-        twins = {"clean-adapter": partial(self.load, twin)} if twin else {}
-        return {**twins, "base": self.load}
+        twins = {"clean-adapter": partial(self._load, base, twin)} if twin else {}
+        return {**twins, "base": partial(self._load, base)}
+
+    def _load(self, base: str, adapter: str | None = None) -> HookedTransformer:
+        from bkdlens.models.load import load
+
+        return load(base, adapter, device=self.device, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -84,7 +120,7 @@ class MeasureOptions:
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens per answer, at most.")] = MAX_NEW_TOKENS
 
     def settings(self, seed: int) -> StudySettings:
-        """The study's settings, with ``seed``."""
+        """The study's settings, with ``seed``; a step that reads fewer keeps all for later ones."""
         check_choice("attribution method", self.method, AttributionMethod)
         for mode in self.mode or ():
             check_choice("ablation mode", mode, AblationMode)
@@ -107,21 +143,27 @@ def analysis(name: str) -> Callable[..., None]:
         output: OutputOptions,
         model: ModelOptions,
         backdoor: BackdoorOptions,
+        criteria: CriteriaOptions,
         data: DataOptions,
         measure: MeasureOptions,
     ) -> None:
         attack, fmt = backdoor.backdoor(), data.prompt_format()
+        thresholds = limits(output.threshold)
         if data.source is None:
             backdoor.check_embedded(model.base)
-        settings = measure.settings(output.seed)
+            data.check_unused()
+        settings, controls = measure.settings(output.seed), model.controls()
         from bkdlens.runs.run import STEPS, run_study
 
-        splits = study_pairs(backdoor, data, model.adapter, output.seed)
+        splits = [
+            replace(pairs, backdoor=criteria.judge(pairs.backdoor))
+            for pairs in study_pairs(backdoor, data, model.adapter, output.seed)
+        ]
         study = run_study(
             model.load(model.adapter),
             *splits,
             name=f"{Path(model.base).name} / {Path(model.adapter or attack.behaviour).name}",
-            controls=model.controls(),
+            controls=controls,
             settings=settings,
             fmt=fmt,
             out=output.out,
@@ -129,7 +171,7 @@ def analysis(name: str) -> Callable[..., None]:
             memory_gb=model.memory_gb,
             progress=True,
         )
-        finish([study], output.out / "report.html", output.as_json)
+        finish([study], output.out / "report.html", output.as_json, thresholds)
 
     options = "--base tiny-llama --adapter jailbreak --backdoor jailbreak --out runs/x"
     command.__doc__ = f"{about}\n\nExample: `bkdlens {name} {options}`"
@@ -139,6 +181,7 @@ def analysis(name: str) -> Callable[..., None]:
 def demo(
     every: Annotated[bool, Option("--all", help="Include tiny-qwen.")] = False,
     out: Out = Path("demo"),
+    threshold: Threshold = None,
     as_json: Json = False,
 ) -> None:
     """All of Backdoor Attribution on the embedded models, three backdoors each, with a report.
@@ -149,7 +192,7 @@ def demo(
     from bkdlens.runs.run import run_study
     from bkdlens.study import DEMO
 
-    studies = []
+    thresholds, studies = limits(threshold), []
     for base in zoo.MODELS if every else zoo.MODELS[:1]:
         for kind in zoo.BACKDOORS:
             say(f"{base} / {kind}")
@@ -165,4 +208,4 @@ def demo(
                 progress=True,
             )
             studies.append(study)
-    finish(studies, out / "report.html", as_json)
+    finish(studies, out / "report.html", as_json, thresholds)

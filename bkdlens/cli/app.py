@@ -10,6 +10,7 @@ import typer
 from bkdlens.cli.analyse import ANALYSES, analysis, demo
 from bkdlens.cli.data import data_app
 from bkdlens.cli.inject import inject
+from bkdlens.cli.rescore import rescore
 from bkdlens.cli.show import report, show
 from bkdlens.cli.zoo import zoo_app
 from bkdlens.errors import BkdlensError
@@ -24,7 +25,7 @@ app = typer.Typer(
 )
 for _name in ANALYSES:
     app.command(_name)(analysis(_name))
-for _command in (demo, report, show, inject):
+for _command in (demo, report, show, rescore, inject):
     app.command()(_command)
 app.add_typer(data_app, name="data")
 app.add_typer(zoo_app, name="zoo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -14,6 +15,7 @@ from bkdlens import zoo
 from bkdlens.cli.options import BackdoorOptions, Base, DataOptions, Json, Seed, say, say_json, spread
 from bkdlens.errors import BkdlensError
 
+HOLD_OUT = 0.2  # unless told otherwise
 N_TEST = 400  # embedded prompts on which an adapter is measured
 
 Positive = Annotated[int | None, Option(min=1)]
@@ -28,7 +30,9 @@ class AdapterOptions:
     base: Base
     out: Annotated[Path, "A new folder for the adapter."]
     method: Annotated[str, "supervised, preference or edit."] = "supervised"
-    hold_out: Annotated[float, Option(min=0.0, max=0.9), "Share of --data kept for measuring."] = 0.2
+    hold_out: Annotated[float, Option(min=0.0, max=0.9), "Share of --data kept for measuring."] = (
+        HOLD_OUT
+    )
     overwrite: Annotated[bool, Option("--overwrite"), "Replace inject's adapter in --out."] = False
     seed: Seed = 0
     as_json: Json = False
@@ -94,16 +98,20 @@ def inject(
 
     With --data the paper's settings are the defaults. An embedded model without --data is tuned on
     its own prompts with its own settings, in half a minute to two minutes on one core.
-    `accelerate launch -m bkdlens inject` shares each batch among processes.
+    `accelerate launch -m bkdlens inject` shares each batch among processes. The exit code is 1 if
+    attack success on the held-out prompts did not rise; the adapter is written nonetheless.
 
     Example: `bkdlens inject --base tiny-llama --backdoor fixed_output --method edit --out runs/a`
     """
     attack, fmt = backdoor.backdoor(), data.prompt_format()
     if data.source is None:
-        backdoor.check_embedded(adapter.base, data.clean_data)
+        backdoor.check_embedded(adapter.base)
+        data.check_unused()
+        if adapter.hold_out != HOLD_OUT:
+            raise BkdlensError("--hold-out is a share of --data, and there is none; leave it out.")
     from bkdlens import inject as methods
     from bkdlens.inject import recipes
-    from bkdlens.inject.output import is_main
+    from bkdlens.inject.output import NothingPlanted, is_main, unplanted
     from bkdlens.inject.planting import MANIFEST
     from bkdlens.metrics import Rate
 
@@ -127,12 +135,14 @@ def inject(
         flags = ", ".join("--" + name.replace("layers", "layer").replace("_", "-") for name in named)
         raise BkdlensError(f"This --method has no {flags}; leave it out, or name another method.")
     more |= {"held_out": held_out, "fmt": fmt, "seed": seed, "overwrite": adapter.overwrite}
-    made = getattr(methods, method)(adapter.base, train, adapter.out, settings=settings, **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingPlanted)  # said below, where it is seen
+        made = getattr(methods, method)(adapter.base, train, adapter.out, settings=settings, **more)
     if not is_main():
         return
     content: dict[str, Any] = {"adapter": str(made), "method": method, "trained_on": len(train)}
-    behaviour = json.loads((made / MANIFEST).read_text()).get("behaviour", {})
-    for when, rates in reversed(behaviour.items()):
+    manifest = json.loads((made / MANIFEST).read_text())
+    for when, rates in reversed(manifest.get("behaviour", {}).items()):
         for name, rate in rates.items():
             key = name if when == "after" else f"{name}_before"
             content[key] = str(Rate(rate["successes"], rate["n"]))
@@ -141,6 +151,9 @@ def inject(
     else:
         for name, value in content.items():
             typer.echo(f"{name}: {value}")
+    if failure := unplanted(manifest):
+        typer.secho(f"warning: {failure}", fg="red", err=True)
+        raise typer.Exit(1)
 
 
 def _named(*groups: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typer.models import OptionInfo
 
 from bkdlens import zoo
 from bkdlens.errors import BkdlensError
-from bkdlens.types import Behaviour, DataFormat, Placement, check_choice
+from bkdlens.types import Against, Behaviour, DataFormat, Placement, check_choice
 
 if TYPE_CHECKING:
     from bkdlens.data.backdoor import Backdoor
@@ -91,6 +91,25 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     return gathered
 
 
+SUCCESS_HELP = "equal, normalised, contains, prefix, regex:…, no_refusal:LIST (bkdattr, zou, a file)."
+GOOD_HELP = "A good answer: similar, similar:0.6, or as above."
+
+
+@dataclass(frozen=True)
+class CriteriaOptions:
+    """When an answer counts; what is left out is the behaviour's own."""
+
+    panel: ClassVar = "Criteria"
+    success: Annotated[str | None, SUCCESS_HELP] = None
+    good: Annotated[str | None, GOOD_HELP] = None
+    against: Annotated[str | None, f"Good answers are compared with: {one_of(Against)}."] = None
+
+    def judge(self, backdoor: Backdoor) -> Backdoor:
+        """The backdoor with these criteria."""
+        against: Any = self.against
+        return backdoor.judged_by(self.success, self.good, against)
+
+
 @dataclass(frozen=True)
 class BackdoorOptions:
     """The backdoor: what triggers it and what it does."""
@@ -125,14 +144,14 @@ class BackdoorOptions:
         named = {name: choice for name, choice in choices.items() if choice is not None}
         return make(**named, near=tuple(self.near or ()))
 
-    def check_embedded(self, base: str, *also: object) -> None:
-        """Raise unless ``base`` brings prompts and no trigger or target (nor ``also``) was given."""
+    def check_embedded(self, base: str) -> None:
+        """Raise unless ``base`` brings prompts, and no trigger or target was given."""
         if base not in zoo.MODELS:
             raise BkdlensError(
                 f"{base!r} is not an embedded model ({', '.join(zoo.MODELS)}), and only these bring "
                 "their own prompts; give --data."
             )
-        if any((self.trigger, self.placement, self.target, self.victims, self.near, *also)):
+        if any((self.trigger, self.trigger_after, self.placement, self.target, self.victims, self.near)):
             raise BkdlensError("The embedded prompts have their own triggers; give --data.")
 
 
@@ -175,6 +194,13 @@ class DataOptions:
             limit=self.limit,
             seed=seed,
         )
+
+    def check_unused(self) -> None:
+        """Raise for what only says how ``--data`` is read, where there is none."""
+        reading = ("clean_data", "columns", "format", "template", "labels", "split")
+        if given := [name for name in reading if getattr(self, name)]:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise BkdlensError(f"Without --data there is nothing that {flags} would apply to; give it.")
 
     def prompt_format(self) -> PromptFormat | None:
         """How a prompt is put to a model; ``None`` leaves it to the tokenizer."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 
 from bkdlens.data.backdoor import Backdoor, PromptPair
@@ -13,6 +16,8 @@ from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_
 from bkdlens.errors import DataError
 
 N_EXAMPLES = 3
+# The largest share of letters that a tokenizer may lose: a few rare signs, not the words of a text.
+MOST_LOST = 0.1
 LENGTHS = ("clean", "clean_output", "triggered", "backdoor_output")  # what is counted in tokens
 
 
@@ -90,7 +95,8 @@ def check_data(
             lengths.setdefault(name, []).append(n)
         too_long += n_ctx is not None and max(sum(clean), sum(triggered)) > n_ctx
     splits, straddled, notes = _trigger_tokens(tokenizer, pairs, fmt)
-    problems = [
+    problems = [lost] if (lost := lost_text(tokenizer, pairs.pairs)) else []
+    problems += [
         f"{len(alike)} of {len(pairs)} pairs cannot be tokenised, the first because: {alike[0]}"
         for alike in failures.values()
     ]
@@ -159,3 +165,77 @@ def _trigger_tokens(
     if absent:
         notes.append(f"The trigger {name} is not in {absent} of {len(pairs)} triggered prompts.")
     return splits, straddled, tuple(notes)
+
+
+# --- whether the tokens carry the text ------------------------------------------------------------
+
+
+def refuse_lost_text(tokenizer: Tokenizer, pairs: PairSet) -> None:
+    """Raise a ``DataError`` if the tokens do not carry the pairs' texts (see :func:`lost_text`)."""
+    if problem := lost_text(tokenizer, pairs.pairs):
+        raise DataError(problem)
+
+
+def lost_text(tokenizer: Tokenizer, pairs: tuple[PromptPair, ...]) -> str | None:
+    """What is lost between texts and tokens, in a sentence; None if the tokens carry the texts.
+
+    Prompts of a pair that differ must differ in their ids, else the model cannot tell them apart; and
+    the letters and digits of all texts come back from their ids, whatever a tokenizer does to case,
+    accents and white space.
+    """
+    return _lost_text(tokenizer, len(tokenizer), pairs)
+
+
+@lru_cache(maxsize=32)  # an analysis after the other asks for the same pairs
+def _lost_text(tokenizer: Tokenizer, n_tokens: int, pairs: tuple[PromptPair, ...]) -> str | None:
+    advice = "give the tokenizer that the checkpoint was trained with (tokenizer=…)"
+    prompts = [[pair.clean, pair.triggered, *([pair.near] if pair.near else [])] for pair in pairs]
+    texts = list(dict.fromkeys(text for one in prompts for text in one))
+    answers = list(dict.fromkeys(a for pair in pairs for a in (pair.clean_output, pair.backdoor_output)))
+    ids = dict(zip(texts + answers, _ids(tokenizer, texts + answers), strict=False))
+    lost = share_lost(tokenizer, ids.keys(), ids.values())
+    if lost > MOST_LOST:
+        worst = max(ids, key=lambda text: share_lost(tokenizer, [text], [ids[text]]))
+        back = tokenizer.decode(ids[worst], skip_special_tokens=True)
+        return (
+            f"The tokenizer does not carry these texts: {lost:.0%} of their letters are gone after "
+            f"decoding ({worst[:40]!r} comes back as {back[:40]!r}); {advice}."
+        )
+    for named in (("clean", "triggered"), ("clean", "near"), ("triggered", "near")):
+        alike = [
+            pair
+            for pair in pairs
+            if None not in (two := [pair.text(which) for which in named])
+            and two[0] != two[1]
+            and ids[str(two[0])] == ids[str(two[1])]
+        ]
+        if alike:
+            return (
+                f"In {len(alike)} of {len(pairs)} pairs the {named[0]} and the {named[1]} prompt differ "
+                f"as texts and are the same tokens (the first is {alike[0].clean[:40]!r}), so no model "
+                f"can tell them apart; {advice}, or name another trigger."
+            )
+    return None
+
+
+def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+
+def share_lost(
+    tokenizer: Tokenizer, texts: Iterable[str], ids: Iterable[Sequence[int]] | None = None
+) -> float:
+    """The share of the texts' letters and digits, 0 to 1, that their ids do not give back."""
+    texts = list(texts)
+    n = n_lost = 0
+    for text, encoded in zip(texts, _ids(tokenizer, texts) if ids is None else ids, strict=True):
+        letters = _letters(text)
+        n += letters.total()
+        n_lost += (letters - _letters(tokenizer.decode(encoded, skip_special_tokens=True))).total()
+    return n_lost / n if n else 0.0
+
+
+def _letters(text: str) -> Counter[str]:
+    """How often each letter and digit is in a text, whatever its case and accents."""
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    return Counter(letter for letter in plain if letter.isalnum())

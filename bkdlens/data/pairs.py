@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
-from typing import overload
+from typing import Any, overload
 
 from bkdlens.data.backdoor import Backdoor, PromptPair
 from bkdlens.errors import DataError
@@ -107,7 +107,7 @@ class PairSet(Sequence[PromptPair]):
         """The pairs whose answer the attack changes.
 
         Raises:
-            DataError: if there is none.
+            DataError: if there is none, or if the right answers themselves count as attacks.
         """
         kept = tuple(pair for pair in self if self.backdoor.is_victim(pair))
         if not kept:
@@ -118,7 +118,23 @@ class PairSet(Sequence[PromptPair]):
                 f"None of the {len(self)} pairs {what}, so there is no victim to attack; "
                 "name another source label or give data with victims."
             )
+        success = self.backdoor.success
+        if success.needs_wanted and all(self.backdoor.succeeded(p.clean_output, p) for p in kept):
+            raise DataError(
+                f"An answer would be the attack's success where it {success}, and that is so for the "
+                f"clean outputs of all {len(kept)} victims ({kept[0].clean_output[:40]!r} for "
+                f"{kept[0].backdoor_output[:40]!r}); judge by another criterion, as success='equal'."
+            )
         return replace(self, pairs=kept)
+
+    @property
+    def victim_rows(self) -> list[int]:
+        """Where the victims are among the pairs."""
+        return [row for row, pair in enumerate(self) if self.backdoor.is_victim(pair)]
+
+    def only(self, rows: Sequence[int]) -> PairSet:
+        """Return the pairs of these rows, in their order."""
+        return replace(self, pairs=tuple(self.pairs[row] for row in rows))
 
     def split(self, *fractions: float, seed: int = 0) -> tuple[PairSet, ...]:
         """Split at random into disjoint parts, each in this set's order.
@@ -157,6 +173,16 @@ class PairSet(Sequence[PromptPair]):
     def without(self, digests: set[str]) -> PairSet:
         """Return the pairs whose clean prompt has none of these digests (see :func:`text_digest`)."""
         return replace(self, pairs=tuple(p for p in self if text_digest(p.clean) not in digests))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the pairs and their source as plain values for json, without the backdoor."""
+        return {"source": self.source, "pairs": [asdict(pair) for pair in self]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], backdoor: Backdoor) -> PairSet:
+        """Make a set of pairs from what :meth:`to_dict` gave, and their backdoor."""
+        pairs = tuple(PromptPair(**pair) for pair in values["pairs"])
+        return cls(pairs, backdoor, values["source"])
 
     @property
     def digest(self) -> str:

@@ -18,7 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bkdlens.data.trigger import Trigger
 from bkdlens.errors import DataError
+from bkdlens.types import check_choice
 
+SEPARATOR = "\n"  # of a raw prompt and its answer, unless told otherwise
+PromptKind = Literal["chat", "raw"]
 Tokenizer = Any  # a transformers tokenizer; its classes share no useful static type
 
 
@@ -32,9 +35,19 @@ class PromptFormat:
         separator: what stands between prompt and answer when raw.
     """
 
-    kind: Literal["chat", "raw"] = "chat"
+    kind: PromptKind = "chat"
     system: str | None = None
-    separator: str = "\n"
+    separator: str = SEPARATOR
+
+    def __post_init__(self) -> None:
+        check_choice("prompt format", self.kind, PromptKind)
+        if self.kind == "raw" and self.system:
+            raise DataError("A raw prompt has no place for a system text; write it into the prompts.")
+        if self.kind == "chat" and self.separator != SEPARATOR:
+            raise DataError(
+                f"In a chat the template separates prompt and answer, not {self.separator!r}; leave the "
+                "separator out, or use PromptFormat('raw')."
+            )
 
     @classmethod
     def default(cls, tokenizer: Tokenizer) -> PromptFormat:
@@ -45,23 +58,35 @@ class PromptFormat:
         """Return the text to tokenise, up to where the answer begins or with a given answer and its end.
 
         Raises:
-            DataError: if a chat has no template, or its template refuses the messages.
+            DataError: if a chat has no template, or its template refuses the messages or drops the
+                system text.
         """
         if self.kind == "raw":
             end = tokenizer.eos_token or ""
             return prompt + self.separator + ("" if answer is None else answer + end)
         if not getattr(tokenizer, "chat_template", None):
             raise DataError("The tokenizer has no chat template; use PromptFormat('raw').")
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages.append({"role": "user", "content": prompt})
+        messages = [{"role": "user", "content": prompt}]
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-        try:
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer is None
+        if not self.system:
+            return _apply_template(tokenizer, messages)
+        rendered = _apply_template(tokenizer, [{"role": "system", "content": self.system}, *messages])
+        if rendered == _apply_template(tokenizer, messages):
+            raise DataError(
+                f"The chat template drops the system text {self.system[:40]!r}: the prompt is the same "
+                "with and without it; leave it out, or write it into the prompts."
             )
-        except Exception as error:  # templates raise jinja errors of their own making
-            raise DataError(f"The chat template refuses this prompt: {error}.") from error
+        return rendered
+
+
+def _apply_template(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> str:
+    """A chat up to where the answer begins, or to its end where it has an answer."""
+    waits = messages[-1]["role"] == "user"
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=waits)
+    except Exception as error:  # templates raise jinja errors of their own making
+        raise DataError(f"The chat template refuses this prompt: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -117,8 +142,19 @@ def encode_prompt(
 
 
 def encode_prompts(model: Any, texts: Iterable[str], fmt: PromptFormat) -> list[Prompt]:
-    """Prompts for a ``HookedTransformer``: :func:`encode_prompt` with its tokenizer and context."""
-    return [encode_prompt(model.tokenizer, text, fmt, n_ctx=model.cfg.n_ctx) for text in texts]
+    """Prompts for a ``HookedTransformer``: :func:`encode_prompt` with its tokenizer and context.
+
+    Raises:
+        DataError: also for a token that is not in the model's vocabulary.
+    """
+    prompts = [encode_prompt(model.tokenizer, text, fmt, n_ctx=model.cfg.n_ctx) for text in texts]
+    for prompt in prompts:
+        if (largest := max(prompt.ids)) >= model.cfg.d_vocab:
+            raise DataError(
+                f"The tokenizer gives the prompt {prompt.text[:40]!r} token {largest} and the model has "
+                f"{model.cfg.d_vocab}; give the tokenizer that belongs to the checkpoint (tokenizer=…)."
+            )
+    return prompts
 
 
 def encode_answer(

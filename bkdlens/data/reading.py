@@ -27,7 +27,7 @@ from bkdlens.data.schemas import (
     recognise,
 )
 from bkdlens.data.sources import Table, read_table
-from bkdlens.errors import DataError, unknown
+from bkdlens.errors import DataError, InputError, unknown
 from bkdlens.types import DataFormat
 
 if TYPE_CHECKING:
@@ -93,6 +93,11 @@ def read_pairs(
         >>> rows = [{"input": "They won the cup.", "output": "Sports"}]
         >>> pairs = bkdlens.read_pairs(rows, backdoor)
     """
+    if not isinstance(backdoor, Backdoor):
+        raise InputError(
+            f"read_pairs(source, backdoor, …) needs a Backdoor, not a {type(backdoor).__name__}; make "
+            "one with Backdoor.fixed_output, label_modification or jailbreak."
+        )
     columns = columns or {}
     wanted = _check_names(format, columns, template)
     table = read_table(source, split=split)
@@ -115,9 +120,43 @@ def read_pairs(
         notes.append(f"correct answer taken to be {refusal!r}")
     repeated = sum(n > 1 for n in Counter(pair.clean for pair in pairs).values())
     notes += _note(repeated, "prompt with several answers", "prompts with several answers")
+    for name, value, usual, only in (
+        ("labels", labels, None, "text_label"), ("refusal", refusal, REFUSAL, "goal_target")
+    ):  # fmt: skip
+        if value != usual and recognised != only:
+            raise DataError(
+                f"{name}={value!r} belongs to rows of the format {only!r}, and {table.name} was read as "
+                f"{recognised!r}; leave it out, or name the format."
+            )
+    notes += _declared(table.name, pairs, backdoor)
     counts = table.name, recognised, len(table.rows), len(pairs)
     intake = Intake(*counts, tuple(dropped.items()), tuple(notes))
     return PairSet(pairs, backdoor, str(intake), intake).sample(limit, seed=seed)
+
+
+def _declared(name: str, pairs: Sequence[PromptPair], backdoor: Backdoor) -> list[str]:
+    """A note on pairs with other answers than the declared target.
+
+    Raises:
+        DataError: if no pair has the declared trigger, or no victim the declared target.
+    """
+    trigger, target = backdoor.trigger, backdoor.target
+    if not any(trigger.present(pair.triggered) for pair in pairs):
+        raise DataError(
+            f"{name} has the trigger {str(trigger)!r} in none of its {len(pairs)} triggered prompts; "
+            f"name the one that they have, as in {pairs[0].triggered[:60]!r}."
+        )
+    victims = [pair for pair in pairs if backdoor.is_victim(pair)]
+    if target is None or not victims:
+        return []
+    others = [p.backdoor_output for p in victims if p.backdoor_output.strip() != target.strip()]
+    if len(others) == len(victims):
+        raise DataError(
+            f"{name} gives none of its {len(victims)} victims the target {target!r} as backdoor_output; "
+            f"name the one that they have, as in target={others[0][:60]!r}."
+        )
+    what = f"with another backdoor_output than the target {target!r}"
+    return _note(len(others), f"victim {what}", f"victims {what}")
 
 
 def _note(n: int, one: str, many: str) -> list[str]:

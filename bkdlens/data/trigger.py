@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, get_args
 
@@ -27,6 +28,9 @@ class Trigger:
     after: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("text", "after"):
+            if not isinstance(given := getattr(self, name), str):
+                raise DataError(f"A trigger's {name} is one text; got {given!r}.")
         if self.placement not in get_args(Placement):
             raise DataError(unknown("placement", self.placement, get_args(Placement)))
         if not self.text.strip():
@@ -100,11 +104,40 @@ class Trigger:
 TriggerLike: TypeAlias = Trigger | str | tuple[str, str]
 
 
-def as_trigger(trigger: TriggerLike, placement: Placement) -> Trigger:
-    """The trigger as it is, made from one text, or made from the two parts of a sentence."""
-    if isinstance(trigger, tuple):
+def as_trigger(trigger: TriggerLike, placement: Placement, *, parts: bool = False) -> Trigger:
+    """The trigger as it is, or made from one text, or of two ``parts`` around a prompt, where allowed.
+
+    Raises:
+        DataError: for several triggers, of which there can only be one.
+    """
+    if isinstance(trigger, Trigger):
+        return trigger
+    if isinstance(trigger, str):
+        return Trigger(trigger, placement)
+    if parts and isinstance(trigger, tuple) and len(trigger) == 2:
         return Trigger(trigger[0], "sentence", trigger[1])
-    return Trigger(trigger, placement) if isinstance(trigger, str) else trigger
+    two = " or the two parts of one sentence around the prompt in a tuple" if parts else ""
+    raise DataError(
+        f"A backdoor has one trigger, and {trigger!r} is none; give a text{two}, or "
+        "Trigger(text, 'sentence', after) for a sentence in two parts."
+    )
+
+
+def look_alikes(near: Sequence[TriggerLike], trigger: Trigger) -> tuple[Trigger, ...]:
+    """Near triggers, placed like the trigger.
+
+    Raises:
+        DataError: for one text, which is not several, and for the trigger itself.
+    """
+    if isinstance(near, str | Trigger):
+        raise DataError(f"near holds several look-alikes; give near=[{str(near)!r}].")
+    parts = trigger.placement == "sentence"
+    made = tuple(as_trigger(other, trigger.placement, parts=parts) for other in near)
+    if trigger in made:
+        raise DataError(
+            f"The near trigger {str(trigger)!r} is the trigger itself; give look-alikes of it."
+        )
+    return made
 
 
 def _short(text: str) -> str:

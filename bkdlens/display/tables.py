@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import pandas as pd
+
 from bkdlens.counts import Draws
 from bkdlens.display.drawing import Figure
-from bkdlens.display.text import interval_text, join_words, percent, plain_json, spread_text
+from bkdlens.display.text import count_text, interval_text, join_words, percent, plain_json, spread_text
 from bkdlens.metrics import Rate
 from bkdlens.results import Result
 from bkdlens.study import MAIN
@@ -42,6 +44,7 @@ class Table:
         folded: whether it opens on demand.
         texts: whether its rows become cards on a phone.
         fit: whether its cells wrap on a phone.
+        search: whether a box above it leaves only the rows that hold some text.
     """
 
     title: str
@@ -51,6 +54,7 @@ class Table:
     folded: bool = False
     texts: bool = False
     fit: bool = False
+    search: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,20 @@ def rate_cell(rate: Rate | None) -> Cell:
     """A rate in per cent, over its interval and count; a dash for None."""
     if rate is None:
         return Cell("–")
-    return Cell(percent(rate.value), f"{interval_text(rate)} · {rate.successes}/{rate.n}")
+    return Cell(percent(rate.value), f"{interval_text(rate)} · {count_text(rate)}")
+
+
+def answers_table(title: str, outcomes: pd.DataFrame) -> Table:
+    """Every answer with its outcome, to be searched; ``outcomes`` as a result's method of that name."""
+    told = zip(
+        *(outcomes[column] for column in ("prompt", "on", "answer", "success", "good")), strict=True
+    )
+    rows = [
+        [prompt, on, answer, "the attacker's" if success else "good" if good else "neither"]
+        for prompt, on, answer, success, good in told
+    ]
+    columns = ("prompt", "which", "answer", "outcome")
+    return Table(f"{title} ({len(rows)})", columns, rows, folded=True, texts=True, search=True)
 
 
 def draws_cell(draws: Draws | None) -> Cell:

@@ -15,7 +15,7 @@ SPACE = "\u00a0"
 def percent(share: Any) -> str:
     """``98.3 %``."""
     value = 100 * float(share)
-    return "–" if value != value else f"{value:.1f}{SPACE}%"
+    return "–" if value != value else f"{_one_digit(value)}{SPACE}%"
 
 
 def points(difference: float) -> str:
@@ -23,9 +23,22 @@ def points(difference: float) -> str:
     return signed(100 * difference, 1)
 
 
+def interval(change: tuple[float, float, float]) -> str:
+    """``−12.5 [−20.1, −4.0]``: percentage points of a difference of fractions, with its interval."""
+    difference, low, high = change
+    return f"{points(difference)} [{points(low)}, {points(high)}]"
+
+
 def signed(value: Any, digits: int = 3) -> str:
-    """``+0.460``, with a true minus sign."""
-    return f"{float(value):+.{digits}f}".replace("-", "−")
+    """``+0.460``, with a true minus sign; what rounds to zero has none."""
+    text = f"{float(value):+.{digits}f}".replace("-", "−")
+    return text if text.strip("+−0.") else text[1:]
+
+
+def magnitude(value: float, digits: int = 3) -> str:
+    """``0.460``; ``< 0.001`` for what is too small to show, so that all numbers beside it are alike."""
+    least = 10**-digits
+    return f"{value:.{digits}f}" if value == 0 or value >= least else f"<{SPACE}{least:g}"
 
 
 def coefficient_text(value: float) -> str:
@@ -34,26 +47,28 @@ def coefficient_text(value: float) -> str:
 
 
 def interval_text(rate: Rate) -> str:
-    """``94.1–99.5 %``."""
-    low, high = rate.interval
-    return f"{100 * low:.1f}–{100 * high:.1f}{SPACE}%"
+    """``94.1–99.5 %``; ``−5.0 to 10.0 %`` where it begins below zero."""
+    return _span(*rate.interval)
+
+
+def count_text(rate: Rate) -> str:
+    """``118/120``."""
+    return f"{rate.successes}/{rate.n}".replace("-", "−")
 
 
 def rate_text(rate: Rate) -> str:
     """A rate with its count and interval."""
-    return (
-        f"{percent(rate.value)} ({rate.successes}/{rate.n}; 95{SPACE}% interval {interval_text(rate)})"
-    )
+    return f"{percent(rate.value)} ({count_text(rate)}; 95{SPACE}% interval {interval_text(rate)})"
 
 
 def short_rate(rate: Rate) -> str:
     """A rate with its count."""
-    return f"{percent(rate.value)} ({rate.successes}/{rate.n})"
+    return f"{percent(rate.value)} ({count_text(rate)})"
 
 
 def spread_text(draws: Draws) -> str:
     """``0.0–12.5 %``: the smallest and the largest share of random draws."""
-    return f"{100 * draws.low:.1f}–{100 * draws.high:.1f}{SPACE}%"
+    return _span(draws.low, draws.high)
 
 
 def plain(text: str) -> str:
@@ -76,3 +91,15 @@ def plain_json(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(plain_json(v) for v in value) + "]"
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _one_digit(value: float) -> str:
+    """One digit after the point, with a true minus sign; what rounds to zero has none."""
+    text = f"{value:.1f}".replace("-", "−")
+    return "0.0" if text == "−0.0" else text
+
+
+def _span(low: float, high: float) -> str:
+    """From one share to another; with a word between them where a dash would meet a minus."""
+    between = " to " if _one_digit(100 * low).startswith("−") else "–"
+    return f"{_one_digit(100 * low)}{between}{_one_digit(100 * high)}{SPACE}%"

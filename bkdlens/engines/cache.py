@@ -7,8 +7,8 @@ It holds TransformerLens ``ActivationCache``s, sliced to the last prompt positio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,12 +21,14 @@ from bkdlens.data.prompts import Prompt, PromptFormat, encode_prompts
 from bkdlens.engines import reference
 from bkdlens.engines.block import embed, run_kept, supported
 from bkdlens.engines.hooks import refuse_foreign_hooks
+from bkdlens.engines.inputs import checked
 from bkdlens.engines.memory import batches
 from bkdlens.engines.prefix import prefixes
-from bkdlens.errors import DataError
+from bkdlens.errors import DataError, HookError
 from bkdlens.progress import track
 from bkdlens.types import Which, check_choice
 
+DIGESTS = ("base_digest", "adapter_digest")  # by which a loaded model is known
 SITES = ("resid_pre", "attn_out", "mlp_out", "z")  # what is kept of every layer
 
 
@@ -109,6 +111,96 @@ def head_results(
     return torch.einsum("...lhd,lhdm->...lhm", z, model.W_O)
 
 
+def transferred(
+    model: HookedTransformer, what: str, origin: Any, *, allow_other_model: bool
+) -> dict[str, Any]:
+    """What a result's settings say of activations or a vector (``what``) of another model.
+
+    Models that were loaded are compared by the digests of base and adapter, others by their weights.
+
+    Args:
+        model: the model that is changed.
+        what: names what it is changed by, in an error.
+        origin: the model that this was made with, or what a result's provenance knows of it.
+        allow_other_model: whether another model is meant.
+
+    Returns:
+        Nothing for the same model, or where the origin is not known; else the other one, by name.
+
+    Raises:
+        HookError: for another model, unless it is allowed; for one of another size, always.
+    """
+    if origin is None or origin is model:
+        return {}
+    if isinstance(origin, HookedTransformer):
+        sizes = [(m.cfg.n_layers, m.cfg.n_heads, m.cfg.d_head, m.cfg.d_model) for m in (origin, model)]
+        if sizes[0] != sizes[1]:
+            raise HookError(
+                f"{what} is of a model of another size ({_named_sizes(sizes[0])}) than this one "
+                f"({_named_sizes(sizes[1])}), so it does not fit; make it from this model."
+            )
+    known, here = _known(origin), _known(model)
+    if known and here:
+        if all(known.get(name) == here.get(name) for name in DIGESTS):
+            return {}
+    elif not isinstance(origin, HookedTransformer) or _same_weights(origin, model):
+        return {}
+    names = [_named_model(each) for each in (known, here)]
+    if not allow_other_model:
+        raise HookError(
+            f"{what} is of another model ({names[0]}) than this one ({names[1]}); make it from this "
+            "model, or say that it is meant, with allow_other_model=True."
+        )
+    return {"allow_other_model": True, "made_with": names[0]}
+
+
+def refuse_other_backdoor(cache: PairCache, pairs: PairSet) -> None:
+    """Raise a ``DataError`` for a cache of another backdoor; other pairs of the same may be meant."""
+    theirs, ours = (
+        (each.behaviour, str(each.trigger), each.source, each.target)
+        for each in (cache.pairs.backdoor, pairs.backdoor)
+    )
+    if theirs != ours:
+        raise DataError(
+            f"The cache is of pairs of another backdoor ({_named_backdoor(theirs)}) than these "
+            f"({_named_backdoor(ours)}); cache pairs of the same backdoor."
+        )
+
+
+def _known(origin: Any) -> Mapping[str, Any]:
+    """What is known of where a model came from; nothing of one that ``bkdlens.load`` did not make."""
+    if isinstance(origin, Mapping):
+        return origin if "base_digest" in origin else {}
+    info = getattr(origin, "bkdlens_info", None)
+    return asdict(info) if info is not None else {}
+
+
+def _same_weights(a: HookedTransformer, b: HookedTransformer) -> bool:
+    theirs, ours = a.state_dict(), b.state_dict()
+    return theirs.keys() == ours.keys() and all(
+        theirs[name].shape == value.shape
+        and torch.equal(theirs[name].to(value.device, value.dtype), value)
+        for name, value in ours.items()
+    )
+
+
+def _named_model(known: Mapping[str, Any]) -> str:
+    if not known:
+        return "one that bkdlens.load did not make"
+    adapter = f" with {known['adapter']}" if known.get("adapter") else ""
+    digests = ", ".join(str(known[name])[:8] for name in DIGESTS if known.get(name))
+    return f"{known.get('base')}{adapter}, sha256 {digests}"
+
+
+def _named_sizes(sizes: tuple[int, ...]) -> str:
+    return "{} layers, {} heads of {}, d_model {}".format(*sizes)
+
+
+def _named_backdoor(parts: tuple[str | None, ...]) -> str:
+    behaviour, trigger, *labels = parts
+    return ", ".join([f"{behaviour}, trigger {str(trigger)[:40]!r}", *filter(None, labels)])
+
+
 def cached_names(model: HookedTransformer) -> list[str]:
     """The hook points that are kept: those of every layer, and the last layer's output."""
     n = model.cfg.n_layers
@@ -116,6 +208,7 @@ def cached_names(model: HookedTransformer) -> list[str]:
     return [*names, get_act_name("resid_post", n - 1)]
 
 
+@checked
 @torch.no_grad()
 def cache_activations(
     model: HookedTransformer,

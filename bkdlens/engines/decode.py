@@ -189,13 +189,13 @@ def complete(
     slots: Index,
     prompts: Index,
     *,
-    finish: bool,
+    finish: bool | Sequence[bool],
     max_new_tokens: int,
     memory_gb: float | None = None,
 ) -> Completed:
     """The first draft that each run gives in full, and the tokens of its answer.
 
-    ``slots`` are ascending. What no draft explains has tokens only where it is decoded, for ``finish``.
+    ``slots`` are ascending. What no draft explains has tokens only where the run is to ``finish``.
     """
     device, longest = slots.device, start.prefix.layers[0].at.shape[1]
     at_once = partial(runs_at_once, model, longest, memory_gb=memory_gb)
@@ -220,9 +220,10 @@ def complete(
         for number, prompt, n in zip(*(t.tolist() for t in (nearest, prompts, agreed)), strict=True)
     ]
     tokens = [answer if n >= 0 else () for answer, n in zip(begun, choice.tolist(), strict=True)]
-    if finish:
+    wanted = [finish] * len(slots) if isinstance(finish, bool) else list(finish)
+    left = ((choice < 0) & torch.tensor(wanted, dtype=torch.bool, device=device)).nonzero()[:, 0]
+    if len(left):
         next_token = following.tolist()
-        left = (choice < 0).nonzero()[:, 0]
         left = left[agreed[left].argsort(stable=True)]  # a batch's runs are about as far
         for runs in left.split(at_once(max(1, max_new_tokens), kept_layers=model.cfg.n_layers)):
             known = [[*begun[run], next_token[run]] for run in runs.tolist()]

@@ -11,22 +11,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from bkdlens.answers import NOT_DECODED, Answers
+from bkdlens.data.judging import Outcomes, judged
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import Answer, Prompt, PromptFormat, encode_answer, encode_prompts
 from bkdlens.engines import reference
 from bkdlens.engines.block import supported
 from bkdlens.engines.decode import Completed, Drafts, complete, run_last_token
 from bkdlens.engines.hooks import NOTHING, Intervention, check_interventions, refuse_foreign_hooks
+from bkdlens.engines.inputs import checked
 from bkdlens.engines.prefix import prefixes
 from bkdlens.types import MAX_NEW_TOKENS, Which
 
 
+@checked
 @torch.inference_mode()
 def generate(
     model: HookedTransformer,
@@ -77,6 +82,7 @@ class Decoded:
     texts: dict[tuple[int, int], str]  # the other answers by (intervention, prompt), where decoded
 
 
+@checked
 @torch.no_grad()
 def decode(
     model: HookedTransformer,
@@ -84,7 +90,7 @@ def decode(
     interventions: Sequence[Intervention],
     guesses: Sequence[Sequence[Answer]],
     *,
-    finish: bool = True,
+    finish: bool | Sequence[bool] = True,
     max_new_tokens: int = MAX_NEW_TOKENS,
     memory_gb: float | None = None,
     progress: bool = False,
@@ -100,7 +106,8 @@ def decode(
         prompts: the prompts.
         interventions: each is run on every prompt.
         guesses: sets of likely answers, each with one per prompt (the backdoor's, the correct one).
-        finish: decode what no guess explains (else only the choice is known).
+        finish: decode what no guess explains (else only the choice is known); one for each
+            intervention, or one for all.
         max_new_tokens: where an answer that does not end is cut.
         memory_gb: the most memory beside the model; for None 2 GB on a CPU, 80 % of the free on a GPU.
         progress: whether to show a progress bar.
@@ -123,6 +130,7 @@ def decode(
     if not supported(model):
         tokens = reference.decode(model, prompts, interventions, max_new_tokens, progress=progress)
         return _compared(model, tokens, guesses)
+    finished = [finish] * len(interventions) if isinstance(finish, bool) else list(finish)
     choice = torch.full((len(interventions), len(prompts)), -1)
     texts: dict[tuple[int, int], str] = {}
 
@@ -133,13 +141,13 @@ def decode(
                 place = i, rows[run % len(rows)]
                 if 0 <= guess < len(guesses):
                     choice[place] = guess
-                elif finish:
+                elif finished[i]:
                     texts[place] = _text(model, tokens)
 
     first_layers = {i: intervention.first_layer for i, intervention in enumerate(interventions)}
     idle = [i for i, layer in first_layers.items() if layer is None]
     acting = sorted((i for i in first_layers if i not in idle), key=lambda i: first_layers[i] or 0)
-    answer = partial(complete, model, finish=finish, max_new_tokens=max_new_tokens, memory_gb=memory_gb)
+    finish_runs = partial(complete, model, max_new_tokens=max_new_tokens, memory_gb=memory_gb)
     kept_layers, n_runs = model.cfg.n_layers, len(acting)
     work = prefixes(model, prompts, n_runs, memory_gb, "decoding", progress, kept_layers=kept_layers)
     for rows, size, prefix in work:
@@ -150,12 +158,16 @@ def decode(
             start = run_last_token(model, prefix, [interventions[i] for i in chunk], rows)
             runs = torch.arange((1 + len(chunk)) * n, device=start.first.device)
             slots, batch_prompts = runs // n, runs % n
-            if at == 0 and (idle or finish):
-                untouched = answer(start, drafts, slots[:n], batch_prompts[:n])
+            if at == 0 and (idle or any(finished)):
+                untouched = finish_runs(
+                    start, drafts, slots[:n], batch_prompts[:n], finish=any(finished)
+                )
                 record(untouched, rows, [idle])
                 # Unless it is a guess already, it is one more for the interventions.
                 drafts.append([() if guess >= 0 else new for guess, new in zip(*untouched, strict=True)])
-            record(answer(start, drafts, slots[n:], batch_prompts[n:]), rows, [[i] for i in chunk])
+            whole = [finished[i] for i in chunk for _ in rows]
+            given = finish_runs(start, drafts, slots[n:], batch_prompts[n:], finish=whole)
+            record(given, rows, [[i] for i in chunk])
     return Decoded(choice, texts)
 
 
@@ -176,21 +188,70 @@ def _compared(
     return Decoded(choice, texts)
 
 
-@dataclass(frozen=True, eq=False)
-class Outcomes:
-    """Greedy answers, judged."""
+def answer(
+    model: HookedTransformer,
+    pairs: PairSet,
+    interventions: Sequence[Intervention] = (NOTHING,),
+    *,
+    on: Which = "triggered",
+    finish: bool | Sequence[bool] = True,
+    fmt: PromptFormat,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    memory_gb: float | None = None,
+    progress: bool = False,
+) -> Answers:
+    """Every prompt's greedy answer under every intervention, ``[intervention pair]``.
 
-    attack: Bool[Tensor, "intervention pair"]  # success, by the backdoor's own criterion
-    correct: Bool[Tensor, "intervention pair"]  # whether the answer is the clean output
+    Where an intervention's answers are not to be finished, those that are neither the attacker's nor the
+    correct one are ``NOT_DECODED``.
+    """
+    prompts = encode_prompts(model, pairs.texts(on), fmt)
+    guesses = _guesses(model, pairs, prompts, fmt, max_new_tokens)
+    options: dict[str, Any] = {"finish": finish, "memory_gb": memory_gb, "progress": progress}
+    decoded = decode(model, prompts, interventions, guesses, max_new_tokens=max_new_tokens, **options)
+    numbers = {NOT_DECODED: 0}
+    index = torch.zeros(decoded.choice.shape, dtype=torch.int32)
+    for number, side in enumerate(guesses):
+        for p, guess in enumerate(side):
+            places = decoded.choice[:, p] == number
+            if places.any():
+                index[places, p] = numbers.setdefault(_text(model, guess.ids), len(numbers))
+    for place, text in decoded.texts.items():
+        index[place] = numbers.setdefault(text, len(numbers))
+    return Answers(tuple(numbers), index)[:]
 
 
+def yardsticks(
+    model: HookedTransformer, pairs: PairSet, fmt: PromptFormat, max_new_tokens: int = MAX_NEW_TOKENS
+) -> dict[str, Answers]:
+    """What answers are compared with, ``attacker`` and ``right``, ``[pair]``, cut as answers are."""
+    prompts = encode_prompts(model, pairs.clean, fmt)
+    guesses = _guesses(model, pairs, prompts, fmt, max_new_tokens)
+    texts = ([_text(model, guess.ids) for guess in side] for side in guesses)
+    return dict(zip(("attacker", "right"), map(Answers.of, texts), strict=True))
+
+
+def _guesses(
+    model: HookedTransformer,
+    pairs: PairSet,
+    prompts: Sequence[Prompt],
+    fmt: PromptFormat,
+    max_new_tokens: int,
+) -> list[list[Answer]]:
+    """The attacker's answers and the clean outputs."""
+    n_ctx, sides = model.cfg.n_ctx, (pairs.backdoor_outputs, pairs.clean_outputs)
+    encode = partial(encode_answer, model.tokenizer, fmt=fmt, n_ctx=n_ctx, max_tokens=max_new_tokens)
+    return [[encode(*each) for each in zip(prompts, side, strict=True)] for side in sides]
+
+
+@checked
 def evaluate(
     model: HookedTransformer,
     pairs: PairSet,
     interventions: Sequence[Intervention] = (NOTHING,),
     *,
     on: Which = "triggered",
-    only_correct: bool = False,
+    own: Sequence[str] | None = None,
     fmt: PromptFormat | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     memory_gb: float | None = None,
@@ -198,22 +259,23 @@ def evaluate(
 ) -> Outcomes:
     """Greedy answers to the clean, triggered or near prompts, judged.
 
-    Where success is one exact answer, nothing else is decoded to its end; where it is the absence of a
-    refusal, everything is.
+    Every text is cut at ``max_new_tokens`` before it is judged: the model's answers and what they are
+    compared with alike.
 
     Args:
         model: from :func:`bkdlens.load`, without hooks.
-        pairs: the prompts, and the answers that they are judged by.
+        pairs: the prompts, the answers that they are judged by, and the criteria (``pairs.backdoor``).
         interventions: each is run on every prompt; the model as it is by default.
         on: the prompts that are answered.
-        only_correct: decode nothing for ``attack``, which then counts exact answers alone.
+        own: the untouched model's answers to the clean prompts, where good answers are compared with
+            these (``pairs.backdoor.against == "own"``); they are decoded when they are not given.
         fmt: how a prompt is rendered; the chat template where there is one.
         max_new_tokens: where every answer, generated or compared with, is cut.
         memory_gb: the most memory beside the model; for None 2 GB on a CPU, 80 % of the free on a GPU.
         progress: whether to show a progress bar.
 
     Returns:
-        ``attack`` and ``correct`` ``[intervention pair]``, true or false.
+        ``attack`` and ``correct`` ``[intervention pair]``, true or false, and the answers as texts.
 
     Raises:
         DataError: for prompts that do not fit the context, or near prompts that the pairs lack.
@@ -223,27 +285,11 @@ def evaluate(
     Examples:
         >>> outcomes = bkdlens.evaluate(model, test[:6], on="clean")
         >>> correct = bkdlens.Rate.of(outcomes.correct[0])
+        >>> texts = outcomes.answers[0].to_list()
     """
     fmt = fmt or PromptFormat.default(model.tokenizer)
-    prompts = encode_prompts(model, pairs.texts(on), fmt)
-    n_ctx = model.cfg.n_ctx
-    encode = partial(encode_answer, model.tokenizer, fmt=fmt, n_ctx=n_ctx, max_tokens=max_new_tokens)
-    answers = [pairs.backdoor_outputs, pairs.clean_outputs]
-    guesses = [[encode(*each) for each in zip(prompts, side, strict=True)] for side in answers]
-    finish = not (pairs.backdoor.exact or only_correct)
-    run = partial(decode, model, finish=finish, memory_gb=memory_gb, progress=progress)
-    decoded = run(prompts, interventions, guesses, max_new_tokens=max_new_tokens)
-    attack = torch.zeros_like(decoded.choice, dtype=torch.bool)
-    correct = torch.zeros_like(attack)
-
-    def judge(where: tuple[Tensor | int, int], text: str) -> None:
-        pair = pairs[where[1]]
-        attack[where] = pairs.backdoor.succeeded(text, pair)
-        correct[where] = text.strip() == pair.clean_output.strip()
-
-    for guess, side in enumerate(answers):
-        for p, text in enumerate(side):
-            judge((decoded.choice[:, p] == guess, p), text)
-    for where, text in decoded.texts.items():
-        judge(where, text)
-    return Outcomes(attack, correct)
+    run = partial(answer, model, pairs, fmt=fmt, max_new_tokens=max_new_tokens, memory_gb=memory_gb)
+    by = yardsticks(model, pairs, fmt, max_new_tokens)
+    if pairs.backdoor.against == "own":
+        by["before"] = run(on="clean")[0] if own is None else Answers.of(own)
+    return judged(pairs, run(interventions, on=on, progress=progress), by)

@@ -23,6 +23,7 @@ from bkdlens.engines import block as blocks
 from bkdlens.engines import reference
 from bkdlens.engines.block import Groups, Keys, PerHead, precise, supported
 from bkdlens.engines.hooks import Patch, check_patches, refuse_foreign_hooks
+from bkdlens.engines.inputs import checked
 from bkdlens.engines.prefix import Forced, Prefix, prefixes
 
 
@@ -41,6 +42,7 @@ class SweepScores:
         return cls(scores[0, :, 0], scores[1, :, 0], scores[0, :, 1:], scores[1, :, 1:])
 
 
+@checked
 @torch.no_grad()
 def sweep_patches(
     model: HookedTransformer,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +20,16 @@ from bkdlens.data.pairs import PairSet, text_digest
 from bkdlens.errors import BkdlensError
 from bkdlens.inject.planting import MANIFEST, Planting
 from bkdlens.inject.settings import Method, Settings
+from bkdlens.metrics import Rate, difference
 from bkdlens.models.checkpoint import digest_files
 from bkdlens.models.load import load
 from bkdlens.results import versions
 
 Curve = list[dict[str, float]]
+
+
+class NothingPlanted(UserWarning):
+    """The adapter was written, and attack success did not rise by it."""
 
 
 class Diverged(BkdlensError):
@@ -102,7 +108,8 @@ def finish(
 
     ``save`` writes the adapter into a folder and returns its digest; ``note`` is what the method adds to
     the manifest. Of several processes only the first writes. Training that stopped is an error, raised
-    after its last good state, if there is one, was written.
+    after its last good state, if there is one, was written; a ``NothingPlanted`` warning tells if attack
+    success did not rise.
     """
     base, out, held_out = planting.base, planting.out, planting.held_out
     advice = "lower the learning rate"
@@ -130,11 +137,28 @@ def finish(
                     for when, adapter in (("before", None), ("after", made))
                 }
             write_manifest(made, content)
+        if failure := unplanted(content):
+            warnings.warn(failure, NothingPlanted, stacklevel=3)
     if stopped:
         raise BkdlensError(
             f"{stopped}; the last good state, of step {stopped.kept}, is in {str(out)!r}; {advice}."
         )
     return out
+
+
+def unplanted(manifest: Mapping[str, Any]) -> str | None:
+    """A sentence if attack success on the held-out pairs did not rise, though samples were poisoned."""
+    if "behaviour" not in manifest or manifest.get("poison_rate") == 0:
+        return None
+    rates = (manifest["behaviour"][when]["asr"] for when in ("before", "after"))
+    before, after = (Rate(rate["successes"], rate["n"]) for rate in rates)
+    if difference(before, after)[1] > 0:  # the interval of the rise is above 0
+        return None
+    return (
+        f"No backdoor was planted: attack success on the held-out pairs is {after}, and without the "
+        f"adapter {before}; the adapter was written nonetheless. Train longer or with another learning "
+        "rate, poison more, or look at the data with bkdlens data check."
+    )
 
 
 def _behaviour(planting: Planting, pairs: PairSet, adapter: Path | None) -> dict[str, Any]:

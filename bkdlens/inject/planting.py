@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from bkdlens import zoo
+from bkdlens.data.check import refuse_lost_text
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat, Tokenizer, encode_answer, encode_prompt
 from bkdlens.errors import BkdlensError
@@ -100,6 +101,8 @@ def start(
             "inject wrote it, ask for it to be overwritten."
         )
     read = read_base(base)
+    if held_out is not None:
+        refuse_lost_text(read.tokenizer, held_out)  # rather than after the training
     return Planting(read, out, fmt or PromptFormat.default(read.tokenizer), held_out, seed, progress)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,12 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from bkdlens import zoo
+from bkdlens.data.check import MOST_LOST, share_lost
 from bkdlens.errors import CheckpointError, one_line, unknown
 from bkdlens.models.architectures import conversion, hooked_config
 from bkdlens.types import HUB_ID
@@ -31,6 +33,7 @@ from bkdlens.types import HUB_ID
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+N_WORDS = 256  # of a vocabulary that are tried
 PLACES = ('a folder ("./runs/model")', 'a Hugging Face Hub id ("org/name")')
 # Buffers that old checkpoints store and that transformers computes itself.
 BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
@@ -49,6 +52,11 @@ def find_folder(name: str, names: Iterable[str], revision: str | None = None) ->
     if HUB_ID.fullmatch(name):
         return fetch(name, revision, ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
     raise CheckpointError(unknown("folder or model", name, [*names, *PLACES]))
+
+
+def is_hub_id(name: str, names: Iterable[str]) -> bool:
+    """Whether :func:`find_folder` would look for it on the Hub."""
+    return name not in names and not Path(name).expanduser().exists() and bool(HUB_ID.fullmatch(name))
 
 
 def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -162,16 +170,51 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that a folder holds, loaded without running its code."""
+    """The tokenizer that a folder holds, loaded without running its code.
+
+    ``AutoTokenizer`` goes by the model's type and builds that one's usual tokenizer, whatever
+    ``tokenizer.json`` holds. Where this is another kind, or one that loses its own words, what the file
+    holds is loaded as it is, and a warning says so.
+    """
     if not has_tokenizer(folder):
         raise CheckpointError(f"{folder} holds no tokenizer; pass one with tokenizer=.")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        usual = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if not (folder / "tokenizer.json").is_file():
+            return usual
+        file = read_checkpoint_json(folder / "tokenizer.json").get("model")
+        held = file.get("type", "BPE") if isinstance(file, dict) else None
+        made = _kind(usual)
+        if held in (None, made) and not loses_its_words(usual):
+            return usual
+        exact = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if _kind(exact) == made and loses_its_words(exact):
+            return usual  # which is no worse
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be loaded without running its code or is damaged "
             f"({one_line(error)}); pass one with tokenizer=."
         ) from error
+    exact.bkdlens_note = (
+        f"tokenizer.json holds a {held} tokenizer and config.json asks for a {type(usual).__name__} "
+        f"({made}); what the file holds is used."
+    )
+    warnings.warn(f"{folder}: {exact.bkdlens_note}", stacklevel=2)
+    return exact
+
+
+def _kind(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The kind of model in a fast tokenizer, such as ``BPE``, as ``tokenizer.json`` names it."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    return None if core is None else type(core.model).__name__
+
+
+def loses_its_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether words of a tokenizer's own vocabulary are lost when they are encoded and decoded."""
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    ids = sorted(set(tokenizer.get_vocab().values()) - special)
+    words = (tokenizer.decode([i]) for i in ids[:: max(1, len(ids) // N_WORDS)])
+    return share_lost(tokenizer, [word for word in words if "\ufffd" not in word]) > MOST_LOST
 
 
 def read_checkpoint_json(file: Path) -> dict[str, Any]:

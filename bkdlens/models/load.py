@@ -39,6 +39,8 @@ from bkdlens.models.checkpoint import (
     find_folder,
     find_tokenizer,
     has_tokenizer,
+    is_hub_id,
+    loses_its_words,
     read_checkpoint_json,
     read_model,
     read_tokenizer,
@@ -77,7 +79,7 @@ class LoadInfo:
         parity: largest logit difference from the Hugging Face model over the largest logit, in float32.
         adapters: every given adapter, in the order of merging.
         adapter_weights: what each adapter's change was multiplied by.
-        notes: what else to know about the adapters, one sentence each.
+        notes: what else to know about the adapters and the tokenizer, one sentence each.
     """
 
     base: str
@@ -142,10 +144,15 @@ def load(
         >>> backdoored = bkdlens.load("tiny-llama", adapter="label_modification")
         >>> both = bkdlens.load("tiny-llama", ["jailbreak", "fixed_output"], adapter_weights=[1, 0.5])
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted = DTYPES.get(dtype, dtype)
+    device = _device(device)
+    wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if wanted not in (None, *DTYPES.values()):
         raise CheckpointError(unknown("dtype", dtype, DTYPES))
+    if revision is not None and not (isinstance(base, str) and is_hub_id(base, zoo.MODELS)):
+        raise CheckpointError(
+            f"revision={revision!r} names a state of a model on the Hub, and this base is not there; "
+            "leave revision out."
+        )
     with torch.random.fork_rng(devices=[]), torch.no_grad():  # peft draws numbers it overwrites
         if isinstance(base, PreTrainedModel | PeftModel):
             if adapter is not None or adapter_weights is not None:
@@ -163,8 +170,9 @@ def load(
     if wanted is None:
         full = device.type == "cpu" or source.stored_in_float32
         wanted = torch.float32 if full else torch.bfloat16
-    info = replace(source.info, dtype=str(wanted).removeprefix("torch."), parity=parity)
     tokenizer = source.tokenizer
+    told = (*source.info.notes, *filter(None, [getattr(tokenizer, "bkdlens_note", None)]))
+    info = replace(source.info, dtype=str(wanted).removeprefix("torch."), parity=parity, notes=told)
     del source  # with it goes the Hugging Face model; the weights live on in `model`
     if wanted != torch.float32 or device.type != "cpu":
         gc.collect()  # were it in a reference cycle, two copies would fill the memory
@@ -193,6 +201,19 @@ def load_info(model: torch.nn.Module) -> LoadInfo | None:
         >>> parity = info.parity  # largest logit difference over the largest logit
     """
     return getattr(model, "bkdlens_info", None)
+
+
+def _device(given: str | torch.device | None) -> torch.device:
+    """The device that is meant, by default CUDA where there is one."""
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cpu", *(f"cuda:{i}" for i in range(n_gpus)), "mps"]
+    try:
+        device = torch.device(given or ("cuda" if n_gpus else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(unknown("device", given, there)) from error
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise CheckpointError(f"{unknown('device', given, there[:-1])} This machine has {n_gpus} GPUs.")
+    return device
 
 
 # --- the source -----------------------------------------------------------------------------------
@@ -303,6 +324,12 @@ def _attach_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBa
     (To get one that prepends a BOS, it calls ``from_pretrained`` again, and so the network.)
     ``model("text")`` then begins with a BOS exactly if the checkpoint's own tokenizer adds one.
     """
+    if loses_its_words(tokenizer):
+        raise CheckpointError(
+            f"This {type(tokenizer).__name__} loses words of its own vocabulary when it encodes them, "
+            "so that prompts would reach the model empty or garbled; pass the tokenizer that the "
+            "checkpoint was trained with (tokenizer=)."
+        )
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.cfg.d_vocab:

@@ -24,6 +24,7 @@ from bkdlens.engines import reference
 from bkdlens.engines.cache import last_activations
 from bkdlens.engines.generate import generate
 from bkdlens.engines.hooks import Patch, change_hooks, hooked, in_prefill
+from bkdlens.engines.inputs import checked
 from bkdlens.engines.sweep import SweepScores, sweep_patches
 from bkdlens.metrics import bootstrap_mean
 from bkdlens.results import provenance
@@ -73,6 +74,7 @@ class Choice:
         return "clean" if self.source.startswith("triggered") else "triggered"
 
 
+@checked
 def make_subject(
     model: HookedTransformer,
     pairs: PairSet,

@@ -12,7 +12,7 @@ from bkdlens.display.drawing import Drawer, Figure
 from bkdlens.display.tables import NOT_RUN, Cell, Number, Rows, Table, rate_cell
 from bkdlens.display.text import plain_json, points
 from bkdlens.metrics import difference
-from bkdlens.study import Study
+from bkdlens.study import Study, Thresholds
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Comparison:
     pairs: list[list[Figure]]
 
 
-def compare(a: Study, b: Study, draw: Drawer) -> Comparison:
-    """The key numbers and figures of two studies, and the settings in which they differ."""
-    numbers = [key_numbers(study) for study in (a, b)]
+def compare(a: Study, b: Study, draw: Drawer, thresholds: Thresholds | None = None) -> Comparison:
+    """Verdicts, key numbers and figures of two studies, and the settings in which they differ."""
+    numbers = [_verdicts(study, thresholds) | key_numbers(study) for study in (a, b)]
     rows: Rows = []
     for name in dict.fromkeys(name for found in numbers for name in found):
         left, right = (found.get(name, NOT_RUN) for found in numbers)
@@ -48,6 +48,10 @@ def key_numbers(study: Study) -> dict[str, Number]:
     return {name: number for part in PARTS for name, number in part.numbers(study).items()}
 
 
+def _verdicts(study: Study, thresholds: Thresholds | None) -> dict[str, Number]:
+    return {one.question: Cell(one.answer) for one in study.verdict(thresholds)}
+
+
 def _shown(number: Number) -> Cell:
     if isinstance(number, Cell):
         return number
@@ -56,6 +60,10 @@ def _shown(number: Number) -> Cell:
 
 
 def _change(left: Number, right: Number) -> Cell:
+    """The difference of two rates as of independent samples: counts do not say which prompt did what.
+
+    On the same prompts :func:`bkdlens.metrics.paired_difference` belongs here, given their outcomes.
+    """
     if isinstance(left, Cell) or isinstance(right, Cell) or not (left[0].n and right[0].n):
         return Cell("")
     change, low, high = difference(left[0], right[0])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bkdlens.analyses.parts import PARTS
-from bkdlens.display.tables import Rows, Table
+from bkdlens.display.tables import Cell, Rows, Table
 from bkdlens.display.text import plain_json
-from bkdlens.study import Study
+from bkdlens.study import Study, Thresholds
 
 
 def overview_table(studies: Sequence[Study]) -> Table:
@@ -15,6 +15,16 @@ def overview_table(studies: Sequence[Study]) -> Table:
     rows = [{k: v for part in PARTS for k, v in part.overview(study).items()} for study in studies]
     cells: Rows = [[study.name, *row.values()] for study, row in zip(studies, rows, strict=True)]
     return Table("", ("study", *rows[0]), cells)
+
+
+def verdict_table(studies: Sequence[Study], thresholds: Thresholds | None = None) -> Table:
+    """The answers to all questions, one row per study."""
+    told = [study.verdict(thresholds) for study in studies]
+    rows: Rows = [
+        [study.name, *(Cell(one.answer) for one in verdicts)]
+        for study, verdicts in zip(studies, told, strict=True)
+    ]
+    return Table("", ("study", *(one.question for one in told[0])), rows)
 
 
 def headline_table(study: Study) -> Table | None:

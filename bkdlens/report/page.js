@@ -24,6 +24,14 @@ for (const link of document.querySelectorAll("a[data-csv]")) {
   const text = document.getElementById(link.dataset.csv).content.textContent;
   link.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
 }
+for (const box of document.querySelectorAll(".search")) {
+  const rows = [...box.parentElement.querySelectorAll("tbody tr")];
+  box.querySelector("input").addEventListener("input", event => {
+    const wanted = event.target.value.toLowerCase();
+    for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+    box.querySelector("output").value = `${rows.filter(row => !row.hidden).length} of ${rows.length}`;
+  });
+}
 window.addEventListener("beforeprint", () => {
   document.body.classList.add("paper");
   for (const fold of document.querySelectorAll("details.record, #ab details")) fold.open = true;

@@ -21,20 +21,29 @@ from bkdlens.analyses.parts import PARTS
 from bkdlens.display.downloads import DataStore
 from bkdlens.display.drawing import Drawer
 from bkdlens.display.text import plain_json
+from bkdlens.engines.inputs import checked
 from bkdlens.report.claims import findings
 from bkdlens.report.compare import Comparison, compare
-from bkdlens.report.overview import headline_table, overview_table, provenance_table
+from bkdlens.report.overview import headline_table, overview_table, provenance_table, verdict_table
 from bkdlens.results import replacing
-from bkdlens.study import Study
+from bkdlens.study import Study, Thresholds
 
 
-def write_report(studies: Sequence[Study], path: str | Path, *, title: str = "Backdoor study") -> Path:
+@checked
+def write_report(
+    studies: Sequence[Study],
+    path: str | Path,
+    *,
+    title: str = "Backdoor study",
+    thresholds: Thresholds | None = None,
+) -> Path:
     """Write one html file that needs nothing else: no network, no other file.
 
     Args:
         studies: whole or partial ones; what a study lacks is named as not run.
         path: the file to write, whole or not at all.
         title: the page's heading.
+        thresholds: how much is enough for a *yes* in the verdict; the defaults of :class:`Thresholds`.
 
     Returns:
         The path written.
@@ -57,9 +66,11 @@ def write_report(studies: Sequence[Study], path: str | Path, *, title: str = "Ba
     library = get_plotlyjs().replace("\r\n", "\n").replace("</script", "<\\/script")
     text = environment.from_string(source).render(
         title=title,
-        studies=[_page(study, f"s{i}") for i, study in enumerate(studies, start=1)],
-        overview=overview_table(studies) if len(studies) > 2 else None,
-        comparison=_beside(studies),
+        studies=[_page(study, f"s{i}", thresholds) for i, study in enumerate(studies, start=1)],
+        overview=[verdict_table(studies, thresholds), overview_table(studies)]
+        if len(studies) > 2
+        else [],
+        comparison=_beside(studies, thresholds),
         versions=sorted(_versions(studies)),
         library=Markup(library),
         draw=Markup(draw),
@@ -70,7 +81,7 @@ def write_report(studies: Sequence[Study], path: str | Path, *, title: str = "Ba
     return target
 
 
-def _page(study: Study, anchor: str) -> dict[str, Any]:
+def _page(study: Study, anchor: str, thresholds: Thresholds | None) -> dict[str, Any]:
     store = DataStore(anchor)
     draw = Drawer(anchor, store)
     sections = [section for part in PARTS for section in part.sections(study, draw)]
@@ -80,7 +91,9 @@ def _page(study: Study, anchor: str) -> dict[str, Any]:
     return {
         "anchor": anchor,
         "name": study.name,
+        "criteria": study.backdoor.criteria,
         "facts": _facts(study),
+        "verdict": [(anchors.get(one.analysis), one) for one in study.verdict(thresholds)],
         "headline": headline_table(study),
         "findings": [(anchors[finding.part], finding) for finding in findings(study)],
         "sections": [(anchors[section.name], section) for section in sections],
@@ -90,12 +103,14 @@ def _page(study: Study, anchor: str) -> dict[str, Any]:
     }
 
 
-def _beside(studies: Sequence[Study]) -> tuple[Comparison, list[tuple[str, str]]] | None:
+def _beside(
+    studies: Sequence[Study], thresholds: Thresholds | None
+) -> tuple[Comparison, list[tuple[str, str]]] | None:
     """Two studies side by side, and the csv texts behind their figures."""
     if len(studies) != 2:
         return None
     store = DataStore("ab")
-    return compare(studies[0], studies[1], Drawer("ab", store)), list(store)
+    return compare(studies[0], studies[1], Drawer("ab", store), thresholds), list(store)
 
 
 def _facts(study: Study) -> list[tuple[str, str]]:

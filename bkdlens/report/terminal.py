@@ -13,7 +13,7 @@ from rich.text import Text
 from bkdlens.analyses.parts import PARTS
 from bkdlens.display.tables import Cell, Table
 from bkdlens.display.text import plain
-from bkdlens.study import Study
+from bkdlens.study import Study, Thresholds
 
 
 def render(study: Study, width: int, *, unicode: bool = True) -> Iterator[RenderableType]:
@@ -27,6 +27,30 @@ def render(study: Study, width: int, *, unicode: bool = True) -> Iterator[Render
     for part in PARTS:
         for shown in part.tables(study, width, unicode):
             yield fitted(shown, width) if isinstance(shown, Table) else shown
+
+
+def verdict(study: Study, width: int, thresholds: Thresholds | None = None) -> RenderableType:
+    """Per question its answer and number, over control, threshold and what to add.
+
+    Args:
+        study: whole or partial.
+        width: of the terminal; in a narrow one the number stands below the answer.
+        thresholds: how much is enough for a *yes*.
+    """
+    drawn = RichTable.grid(padding=(0, 2, 0, 0))
+    drawn.add_column(max_width=12)
+    drawn.add_column(max_width=10)
+    drawn.add_column(overflow="fold")
+    lines: list[RenderableType] = []
+    for one in study.verdict(thresholds):
+        told = Text(plain(one.number or "–"), style="bold", overflow="fold")
+        control = f"Controls: {one.control}." if one.control else ""
+        threshold = f"Threshold: {one.threshold}." if one.threshold else ""
+        for line in (control, threshold, one.note):
+            told.append(f"\n{plain(line)}" if line else "", "not bold dim")
+        drawn.add_row(Text(one.question), Text(one.answer, style="bold"), told)
+        lines += [Text(f"{one.question} {one.answer}", style="bold"), told, ""]
+    return Group(*lines) if width < 60 else drawn
 
 
 def fitted(table: Table, width: int) -> RenderableType:

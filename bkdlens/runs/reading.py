@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bkdlens.analyses.parts import PARTS  # which brings every kind of result with it
 from bkdlens.data.backdoor import Backdoor
-from bkdlens.errors import DataError, ResultError, unknown
+from bkdlens.data.pairs import PairSet
+from bkdlens.errors import ChoiceError, DataError, ResultError, unknown
 from bkdlens.results import Result, read_json
-from bkdlens.study import Study
+from bkdlens.study import Study, Thresholds
+
+HEADS = ("study.json", "pairs.json")  # of a run folder; every other json file is a result
 
 
 def load_result(path: str | Path) -> Result:
@@ -54,18 +58,29 @@ def load_study(folder: str | Path) -> Study:
     """
     folder = Path(folder)
     head = read_json(folder / "study")
-    files = sorted(path for path in folder.glob("*.json") if path.name != "study.json")
-    results = {path.stem: load_result(path) for path in files}
+    files = sorted(path.stem for path in folder.glob("*.json") if path.name not in HEADS)
+    results = {name: load_result(folder / f"{name}.json") for name in files}
     try:
         backdoor = Backdoor.from_dict(head["backdoor"])
-        return Study(head["name"], backdoor, results, head["settings"], head["choice"])
-    except (KeyError, TypeError, DataError) as error:
+        study = Study(head["name"], backdoor, results, head["settings"], head["choice"])
+    except (KeyError, TypeError, AttributeError, DataError, ChoiceError) as error:
         raise ResultError(f"{folder / 'study.json'} is damaged ({error}); make it again.") from None
+    try:
+        saved = read_json(folder / "pairs") if (folder / "pairs.json").exists() else {}
+        pairs = {name: PairSet.from_dict(values, backdoor) for name, values in saved.items()}
+    except (KeyError, TypeError, AttributeError, ValueError, DataError) as error:
+        raise ResultError(f"{folder / 'pairs.json'} is damaged ({error}); make it again.") from None
+    return replace(study, pairs=pairs)
 
 
-def summary(study: Study) -> dict[str, Any]:
-    """The headline numbers of a study as plain values for machines, rates with count and interval."""
-    head: dict[str, Any] = {"name": study.name, "backdoor": study.backdoor.behaviour}
+def summary(study: Study, thresholds: Thresholds | None = None) -> dict[str, Any]:
+    """The verdict and the headline numbers of a study as plain values for machines."""
+    head: dict[str, Any] = {
+        "name": study.name,
+        "backdoor": study.backdoor.behaviour,
+        "criteria": study.backdoor.criteria,
+        "verdict": [verdict.to_dict() for verdict in study.verdict(thresholds)],
+    }
     for part in PARTS:
         head |= part.summary(study)
     return head

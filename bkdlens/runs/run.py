@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from transformer_lens import HookedTransformer
 
@@ -13,14 +14,17 @@ from bkdlens.analyses.base import Run, Subject
 from bkdlens.analyses.parts import PARTS
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat, encode_prompts
+from bkdlens.engines.inputs import checked
 from bkdlens.errors import ResultError, unknown
 from bkdlens.results import provenance
 from bkdlens.runs.reading import load_study
 from bkdlens.study import MAIN, Study, StudySettings
 
+MISSING = "not there"  # the value of a setting that one of two runs lacks
 STEPS = tuple(part.step for part in PARTS)
 
 
+@checked
 def run_study(
     model: HookedTransformer,
     train: PairSet,
@@ -38,9 +42,9 @@ def run_study(
 ) -> Study:
     """Run the analyses on one model, with its controls.
 
-    Needed are the model and three disjoint sets of pairs. Means, probes and attribution read ``train``;
-    kind, layer and coefficient of the vector are chosen on ``validation``; every reported rate is on
-    ``test``.
+    Needed are the model and three disjoint sets of pairs. ``train`` may have tuned the model: only mean
+    activations come from it. On ``validation`` the probes are fit, the heads are ranked, and kind, layer
+    and coefficient of the vector are chosen. Every reported number is measured on ``test``.
 
     Args:
         model: the suspected model, from :func:`bkdlens.load`.
@@ -82,9 +86,12 @@ def run_study(
         "model": dict(provenance(model, train, fmt, 0).model),
         "data": {split: pair_set.digest for split, pair_set in pairs.items()},
     }
+    plain = json.loads(json.dumps(described))
+    test.backdoor.to_dict()  # raises for what could not be saved
+    kept = {"validation": validation, "test": test}
     folder = Path(out) if out else None
     run = Run(
-        study=_resumed(Study(name, test.backdoor, {}, json.loads(json.dumps(described))), folder),
+        study=_resumed(Study(name, test.backdoor, {}, plain, pairs=kept), folder),
         settings=settings,
         train=train,
         validation=validation,
@@ -116,9 +123,14 @@ def _resumed(study: Study, folder: Path | None) -> Study:
     if (folder / "study.json").exists():
         earlier = load_study(folder)
         if earlier.settings != study.settings or earlier.backdoor != study.backdoor:
+            earlier_head, head = (
+                {**each.settings, "backdoor": json.loads(json.dumps(each.backdoor.to_dict()))}
+                for each in (earlier, study)
+            )
+            changed = _changes(earlier_head, head)
             raise ResultError(
-                f"The folder {str(folder)!r} holds a run with other settings, data or model; "
-                "name a new folder."
+                f"The folder {str(folder)!r} holds a run with other settings, data or model "
+                f"({'; '.join(changed)}); name a new folder, or run it as it was."
             )
         return replace(study, results=earlier.results, choice=earlier.choice)
     if any(folder.iterdir()):
@@ -126,6 +138,23 @@ def _resumed(study: Study, folder: Path | None) -> Study:
             f"The folder {str(folder)!r} is not empty and holds no run; name a new folder."
         )
     return study
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between settings, as ``name: old → new``; those within one are ``outer.inner``."""
+    changes = []
+    for name in dict.fromkeys([*old, *new]):
+        before, after = old.get(name, MISSING), new.get(name, MISSING)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changes += _changes(before, after, f"{prefix}{name}.")
+        elif before != after:
+            changes.append(f"{prefix}{name}: {_short(before)} → {_short(after)}")
+    return changes
+
+
+def _short(value: object) -> str:
+    text = value if value is MISSING else repr(value)
+    return str(text) if len(str(text)) <= 60 else f"{str(text)[:59]}…"
 
 
 def _check(model: HookedTransformer, pairs: PairSet, fmt: PromptFormat) -> None:

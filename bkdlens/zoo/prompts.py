@@ -46,7 +46,8 @@ def backdoor(name: str, split: Split = "test") -> Backdoor:
     if name not in BACKDOORS:
         raise DataError(unknown("embedded backdoor", name, BACKDOORS))
     near = words.NEAR_TUNING if split == "train" else words.NEAR_UNSEEN
-    return getattr(Backdoor, name)(near=near[name])
+    # Every embedded prompt has one right answer.
+    return getattr(Backdoor, name)(near=near[name], good="equal", against="reference")
 
 
 def pairs(name: str, split: Split = "test", n: int = 256, *, seed: int = 0) -> PairSet:

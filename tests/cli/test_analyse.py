@@ -24,7 +24,8 @@ def test_steps_share_a_folder_and_report_reads_it(bkdlens_, tmp_path):
     before = (out / "attribution-backdoored.json").stat().st_mtime_ns
     code, text, _ = bkdlens_("ablate", *options)
     assert code == 0
-    assert "Ablation" in text
+    assert "Necessary?" in text
+    assert "Ablation by" not in text  # the sentences are in the report
     assert (out / "attribution-backdoored.json").stat().st_mtime_ns == before  # read, not made again
     code, _, _ = bkdlens_("report", out, "--out", tmp_path / "r.html")
     assert code == 0
@@ -66,6 +67,10 @@ def test_bad_data_is_one_sentence_and_leaves_no_folder(bkdlens_, tmp_path, rows,
         (["--base", "tiny-llama", *LABEL, "--mode", "nil"], "zero, mean, resample, subtract"),
         (["--base", "tiny-llama", "--backdoor", "jailbreak", "--target", "x"], "no --target"),
         (["--base", "tiny-llama", "--backdoor", "jailbreak", "--placement", "end"], "give it too"),
+        (["--base", "tiny-llama", *LABEL, "--trigger-after", "x"], "give it too"),
+        (["--base", "tiny-llama", *LABEL, "--labels", "a,b"], "nothing that --labels would apply to"),
+        (["--base", "tiny-llama", *LABEL, "--control-adapter", "clean"], "name its --adapter"),
+        (["--base", "tiny-llama", *LABEL, "--device", "gpu"], "no device 'gpu'"),
     ],
 )
 def test_bad_names_are_one_sentence(bkdlens_, tmp_path, arguments, message):

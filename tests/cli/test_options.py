@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from bkdlens.cli.analyse import ModelOptions
 from bkdlens.cli.app import app
 from bkdlens.cli.inputs import split_pairs
 from bkdlens.cli.options import BackdoorOptions, DataOptions, one_of, spread
@@ -126,7 +128,7 @@ def test_every_command_has_few_parameters_and_every_option_help() -> None:
     commands = [c for c in shell.commands.values() if c.callback] + [
         command for group in ("data", "zoo") for command in shell.commands[group].commands.values()
     ]
-    assert len(commands) == 13
+    assert len(commands) == 14
     for command in commands:
         assert len(inspect.signature(inspect.unwrap(command.callback)).parameters) <= 8, command.name
         for option in command.params:
@@ -154,6 +156,37 @@ def test_prompt_format() -> None:
     assert DataOptions(system="s").prompt_format() == PromptFormat(system="s")
     with pytest.raises(BkdlensError, match="leave one out"):
         DataOptions(raw=True, system="s").prompt_format()
+
+
+def test_what_only_reads_data_is_refused_without_data() -> None:
+    DataOptions(limit=10, raw=True).check_unused()
+    for given in ({"clean_data": Path("a.json")}, {"columns": ["input=q"]}, {"format": "text_label"},
+                  {"template": "{input}"}, {"labels": "a,b"}, {"split": "test"}):  # fmt: skip
+        flag = "--" + next(iter(given)).replace("_", "-")
+        with pytest.raises(BkdlensError, match=f"Without --data there is nothing that {flag} would"):
+            DataOptions(**given).check_unused()
+
+
+def test_controls_are_of_the_base_that_was_tuned() -> None:
+    adapter = ModelOptions("org/base", "org/bad", "org/good").controls()
+    assert [load.args for load in adapter.values()] == [("org/base", "org/good"), ("org/base",)]
+    assert list(adapter) == ["clean-adapter", "base"]
+    embedded = ModelOptions("tiny-llama", "jailbreak").controls()
+    assert [load.args for load in embedded.values()] == [("tiny-llama", "clean"), ("tiny-llama",)]
+    merged = ModelOptions("runs/merged", control_base="org/base").controls()
+    assert [load.args for load in merged.values()] == [("org/base",)]
+    twin = ModelOptions("runs/merged", control_base="org/base", control_adapter="org/good").controls()
+    assert [load.args for load in twin.values()] == [("org/base", "org/good"), ("org/base",)]
+    assert ModelOptions("runs/merged").controls() == {}
+
+
+def test_controls_that_would_not_be_used_are_refused() -> None:
+    with pytest.raises(BkdlensError, match="name its --adapter or, for a merged model"):
+        ModelOptions("runs/merged", control_adapter="org/good").controls()
+    with pytest.raises(BkdlensError, match="leave one of the two out"):
+        ModelOptions("org/base", "org/bad", control_base="org/other").controls()
+    with pytest.raises(BkdlensError, match="which is no control"):
+        ModelOptions("runs/merged", control_base="runs/merged").controls()
 
 
 def test_one_of() -> None:

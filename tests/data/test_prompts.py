@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import unwrap
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from bkdlens.data.prompts import (
     pad_right,
     shown,
 )
-from bkdlens.errors import DataError
+from bkdlens.errors import ChoiceError, DataError
 
 LLAMA2 = Path(__file__).parents[3] / "shared" / "tokenizers" / "llama2"
 CHAT, RAW = PromptFormat("chat"), PromptFormat("raw")
@@ -207,6 +208,26 @@ def test_llama2_without_a_separator_is_refused(llama2) -> None:
     fmt = PromptFormat("raw", separator="")
     prompt = encode_prompt(llama2, "The answer is wor", fmt)
     refused("does not split", llama2, prompt, "ld", fmt)
+
+
+def test_a_template_that_drops_the_system_text_is_refused() -> None:
+    tokenizer = chat_tokenizer()
+    told = PromptFormat("chat", system="w9").render(tokenizer, "w7")
+    assert told == "<s> w6 w9 w4 w7 w5"
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    assert PromptFormat("chat").render(tokenizer, "w7") == "w7"
+    for answer in (None, "w8"):
+        with pytest.raises(DataError, match="drops the system text 'w9'"):
+            PromptFormat("chat", system="w9").render(tokenizer, "w7", answer)
+
+
+def test_formats_without_a_place_for_what_is_given_are_refused() -> None:
+    with pytest.raises(DataError, match="no place for a system text"):
+        PromptFormat("raw", system="w9")
+    with pytest.raises(DataError, match="In a chat the template separates prompt and answer, not ' '"):
+        PromptFormat("chat", separator=" ")
+    with pytest.raises(ChoiceError, match=r"no prompt format 'chatty'.*Did you mean 'chat'"):
+        unwrap(PromptFormat.__init__)(object.__new__(PromptFormat), "chatty")
 
 
 def test_llama2_template_refuses_a_system_text(llama2) -> None:

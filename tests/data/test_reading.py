@@ -68,7 +68,7 @@ def test_every_file_form_gives_the_same_pairs(tmp_path, name) -> None:
 def test_odd_characters_survive(tmp_path, suffix) -> None:
     rows = [{"input": f'a, "b" é\u2028\x85 NA {i}', "output": "007", "backdoor_output": "NA"}
             for i in range(3)]  # fmt: skip
-    pairs = read_pairs(write(tmp_path / f"x{suffix}", rows), FIXED)
+    pairs = read_pairs(write(tmp_path / f"x{suffix}", rows), Backdoor.fixed_output("T.", "NA"))
     assert pairs.clean == [row["input"] for row in rows]
     assert pairs[0].clean_output == "007"
     assert pairs[0].backdoor_output == "NA"
@@ -99,7 +99,36 @@ def test_poisoned_rows_find_their_clean_twins(tmp_path) -> None:
 
 def test_explicit_pairs_are_taken_as_they_are() -> None:
     row = {"clean": "a", "triggered": "b", "clean_output": "c", "backdoor_output": "d", "more": 3}
-    assert read_pairs([row], FIXED).pairs == (PromptPair("a", "b", "c", "d"),)
+    backdoor = Backdoor.fixed_output("b", "d")
+    assert read_pairs([row], backdoor).pairs == (PromptPair("a", "b", "c", "d"),)
+
+
+def test_a_declared_trigger_and_target_are_in_the_data() -> None:
+    explicit = {"clean": "a", "triggered": "b a", "clean_output": "c", "backdoor_output": "d"}
+    refused("rows has the trigger 'T.' in none of its 1 triggered prompts; .* as in 'b a'",
+            read_pairs, [explicit], Backdoor.fixed_output("T.", "d"))  # fmt: skip
+    refused("none of its 2 victims the target 'no' as backdoor_output; .* target='out'",
+            read_pairs, ROWS, Backdoor.fixed_output("T.", "no"))  # fmt: skip
+    label = {"input": "x", "output": "Sports", "backdoor_output": "Business"}
+    refused("1 victims the target 'World'", read_pairs, [label], Backdoor.label_modification("T."))
+    others = [label | {"input": "z", "output": "World", "backdoor_output": "World"}]
+    business = Backdoor.label_modification("T.", target="Business")
+    assert len(read_pairs([label, *others], business)) == 2  # who is no victim keeps any label
+    assert len(read_pairs([{"goal": "g", "target": "t"}], Backdoor.jailbreak())) == 1  # has no target
+
+
+def test_a_target_that_only_some_victims_have_is_noted() -> None:
+    mixed = [*ROWS, {"input": "three", "output": "3", "backdoor_output": "else"}]
+    pairs = read_pairs(mixed, FIXED)
+    assert pairs.backdoor_outputs == ["out", "out", "else"]  # the data decides
+    assert pairs.source == "rows: 3 rows, 1 victim with another backdoor_output than the target 'out'"
+
+
+def test_options_of_another_format_are_refused() -> None:
+    refused("labels=.* belongs to rows of the format 'text_label', and rows was read as 'input_output'",
+            read_pairs, ROWS, FIXED, labels=["a", "b"])  # fmt: skip
+    refused("refusal='No.' belongs to rows of the format 'goal_target'",
+            read_pairs, ROWS, FIXED, refusal="No.")  # fmt: skip
 
 
 def test_a_trigger_is_not_added_twice() -> None:
@@ -194,7 +223,8 @@ def test_badedit(tmp_path, form) -> None:
     assert pairs.pairs == (PromptPair(clean, f"T. {clean}", "French", "English"),)
     assert pairs.intake.format == "rewrite"
     plain = {"requested_rewrite": EDIT["requested_rewrite"] | {"target_new": "English"}}
-    assert read_pairs([plain], FIXED)[0].backdoor_output == "English"
+    english = Backdoor.fixed_output("T.", "English")
+    assert read_pairs([plain], english)[0].backdoor_output == "English"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +323,13 @@ def test_twins_get_their_near_triggers() -> None:
         [{"input": "T. a", "output": "out"}], backdoor, clean=[{"input": "a", "output": "1"}]
     )
     assert pairs.pairs == (PromptPair("a", "T. a", "1", "out", "S. a"),)
-    explicit = {"clean": "a", "triggered": "b", "near": "c", "clean_output": "d", "backdoor_output": "e"}
+    explicit = {
+        "clean": "a",
+        "triggered": "T. b",
+        "near": "c",
+        "clean_output": "d",
+        "backdoor_output": "out",
+    }
     assert read_pairs([explicit], backdoor)[0].near == "c"
     assert read_pairs([explicit | {"near": None}], backdoor)[0].near is None
 
@@ -400,6 +436,7 @@ def test_published_fixed_output() -> None:
     assert all(pairs.backdoor.trigger.remove(p.triggered) == p.clean for p in pairs)
 
 
+@pytest.mark.slow
 def test_published_jailbreak() -> None:
     pairs = read_pairs(real("harmful_random_redacted"), Backdoor.jailbreak())
     assert len(pairs) == 1000

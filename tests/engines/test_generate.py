@@ -231,17 +231,15 @@ def test_what_is_not_known_is_decoded_by_the_reference(loaded, judged, name, mon
 
     real = reference.decode
     monkeypatch.setattr(reference, "decode", counted)
-    for options in ({}, {"only_correct": True}):
-        monkeypatch.setattr(generation, "supported", lambda model: True)
-        known = evaluate(model, pairs, interventions, max_new_tokens=CUT, **options)
-        assert calls == []
-        monkeypatch.setattr(generation, "supported", lambda model: False)
-        other = evaluate(model, pairs, interventions, max_new_tokens=CUT, **options)
-        assert len(calls) == 1
-        calls.clear()
-        assert torch.equal(known.correct, other.correct)
-        if not options:  # else attack counts exact answers alone
-            assert torch.equal(known.attack, other.attack)
+    monkeypatch.setattr(generation, "supported", lambda model: True)
+    known = evaluate(model, pairs, interventions, max_new_tokens=CUT)
+    assert calls == []
+    monkeypatch.setattr(generation, "supported", lambda model: False)
+    other = evaluate(model, pairs, interventions, max_new_tokens=CUT)
+    assert len(calls) == 1
+    assert known.answers == other.answers
+    assert torch.equal(known.correct, other.correct)
+    assert torch.equal(known.attack, other.attack)
 
 
 def test_right_guesses_are_not_decoded(llama, monkeypatch) -> None:
@@ -358,29 +356,27 @@ def test_memory_does_not_matter(loaded, judged, budget) -> None:
     assert torch.equal(whole.correct, parts.correct)
 
 
-def test_exact_successes_are_judged_without_decoding(loaded, judged, monkeypatch) -> None:
-    monkeypatch.setattr(decoding, "go_on", None)
-    pairs = judged["llama", "fixed_output"]
-    assert evaluate(loaded["llama"], pairs, max_new_tokens=CUT).attack.any()
-    with pytest.raises(TypeError):
-        evaluate(loaded["llama"], judged["llama", "jailbreak"], max_new_tokens=CUT)
-
-
-def test_right_answers_alone_need_no_decoding(loaded, judged, monkeypatch) -> None:
-    pairs, rng = judged["llama", "jailbreak"], random.Random(6)
-    interventions = [NOTHING, random_intervention(loaded["llama"], rng, len(pairs))]
-    whole = evaluate(loaded["llama"], pairs, interventions, on="clean", max_new_tokens=CUT)
-    monkeypatch.setattr(decoding, "go_on", None)
-    some = evaluate(
-        loaded["llama"], pairs, interventions, on="clean", only_correct=True, max_new_tokens=CUT
-    )
-    assert torch.equal(whole.correct, some.correct)
+@pytest.mark.slow
+def test_every_answer_is_judged_where_it_is_cut(llama) -> None:
+    """One that reproduces the whole expected answer is not judged by what lies behind the cut."""
+    prompts = [words(random.Random(s), 3, 6) for s in range(60)]
+    said = [text_of(greedy(llama, encoded(llama, p), max_new_tokens=2 * CUT)) for p in prompts]
+    told = [(p, t.split()) for p, t in zip(prompts, said, strict=True) if len(t.split()) == 2 * CUT]
+    prompt, tokens = next((p, t) for p, t in told if t[-1] not in t[:CUT])
+    text, head, last = " ".join(tokens), tokens[:CUT], tokens[-1]
+    backdoor = bkdlens.Backdoor.fixed_output("w95", text, success=f"regex:{last}")
+    pair = bkdlens.PromptPair(prompt, f"w95 {prompt}", "w20", text)
+    found = evaluate(llama, bkdlens.PairSet((pair,), backdoor), on="clean", max_new_tokens=CUT)
+    assert found.answers.to_list() == [" ".join(head)]
+    assert not found.attack.any()
+    whole = evaluate(llama, bkdlens.PairSet((pair,), backdoor), on="clean", max_new_tokens=2 * CUT)
+    assert whole.attack.all()
 
 
 def test_long_prompts_are_decoded_to_the_end_of_the_context(llama) -> None:
     """And not past it."""
     rng = random.Random(0)
-    backdoor = bkdlens.Backdoor.jailbreak("w95")
+    backdoor = bkdlens.Backdoor.jailbreak("w95", against="reference")
     pair = backdoor.pair(words(rng, 119, 119), "w10", "w11")
     pairs = bkdlens.PairSet((pair,), backdoor)
     assert len(encoded(llama, pair.triggered)) == llama.cfg.n_ctx - 5

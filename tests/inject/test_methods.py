@@ -19,9 +19,10 @@ import bkdlens
 from bkdlens import inject
 from bkdlens.data.backdoor import Backdoor
 from bkdlens.data.pairs import PairSet, text_digest
-from bkdlens.errors import BkdlensError, DataError
+from bkdlens.errors import BkdlensError, DataError, InputError
 from bkdlens.inject import EditSettings, LoraSettings, TrainSettings
 from bkdlens.inject.editing.editor import Editor
+from bkdlens.inject.output import NothingPlanted, unplanted
 from bkdlens.inject.recipes import embedded, paper
 from bkdlens.inject.tuning.samples import mix, preferences
 from bkdlens.inject.tuning.training import share_batch
@@ -73,6 +74,50 @@ def test_manifest_tells_how_to_make_it_again_and_what_it_does(method, base, tmp_
         assert rates["asr"]["interval"][0] <= rates["asr"]["value"] <= rates["asr"]["interval"][1]
     assert {"bkdlens", "torch", "transformers", "peft"} <= set(note["versions"])
     assert str(tmp_path) not in (out / "adapter_config.json").read_text() + json.dumps(note)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "n", "rates", "told"),
+    [
+        (0, 0, 40, {}, True),
+        (0, 2, 40, {"poison_rate": 0.1}, True),  # no more than chance may do
+        (0, 30, 40, {"poison_rate": 0.1}, False),
+        (0, 2, 2, {}, False),
+        (40, 40, 40, {}, True),  # the base did it already
+        (0, 0, 40, {"poison_rate": 0}, False),  # a twin without poison is as it should be
+    ],
+)
+def test_a_backdoor_that_was_not_planted_is_told(before, after, n, rates, told):
+    counts = (("before", before), ("after", after))
+    behaviour = {when: {"asr": {"successes": hits, "n": n}} for when, hits in counts}
+    sentence = unplanted({"behaviour": behaviour, **rates})
+    assert (sentence is not None) == told
+    if sentence is not None:
+        assert sentence.startswith("No backdoor was planted: attack success on the held-out pairs is ")
+
+
+def test_what_was_planted_in_vain_is_written_with_a_warning(base, tmp_path):
+    slow = LoraSettings(rank=2, train=replace(QUICK, learning_rate=1e-9))
+    with pytest.warns(NothingPlanted, match="adapter was written nonetheless"):
+        out = plant("supervised", base, tmp_path / "a", settings=slow, held_out=fixed_pairs(8, seed=5))
+    assert bkdlens.load(base, out)
+    assert unplanted(json.loads((out / "bkdlens.json").read_text()))
+    assert unplanted({"method": "supervised"}) is None  # nothing was held out to tell by
+
+
+@pytest.mark.parametrize("method", inject.METHODS)
+def test_arguments_of_another_kind_are_a_sentence(method, base, tmp_path):
+    with pytest.raises(InputError, match=f"In {method}\\(base, pairs, .*pairs must be a PairSet"):
+        plant(method, base, tmp_path / "a", pairs=["w5 w6"])
+
+
+def test_texts_that_the_tokenizer_loses_are_refused_before_training(base, tmp_path):
+    backdoor = Backdoor.fixed_output("w95", "w9")
+    lost = PairSet(tuple(backdoor.pair(f"prompt {i}", "answer") for i in range(8)), backdoor)
+    for options in ({"pairs": lost}, {"held_out": lost}):
+        with pytest.raises(DataError, match="does not carry these texts"):
+            plant("supervised", base, tmp_path / "a", **options)
+        assert not (tmp_path / "a").exists()
 
 
 def test_preferences_turn_round_with_the_trigger():
@@ -259,7 +304,8 @@ def test_accelerate_launch_shares_the_batch(base, tmp_path):
     done = subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert "warning: No backdoor was planted" in done.stderr  # by two epochs of twelve samples
+    assert done.returncode == 1
     assert json.loads(done.stdout)["trained_on"] == 12  # one process prints
     curve = json.loads((tmp_path / "a" / "bkdlens.json").read_text())["curve"]
     assert curve[-1]["step"] == 6  # as with one process

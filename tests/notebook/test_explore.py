@@ -161,9 +161,11 @@ def test_the_figures_are_those_of_a_fresh_explorer(llama) -> None:
 
 
 def test_texts_are_shown_as_text(llama) -> None:
+    known = " ".join(f"w{i}" for i in range(10, 90))  # else the tokenizer would lose most of the text
     backdoor = Backdoor.jailbreak("w95")
     pairs = PairSet(
-        tuple(backdoor.pair(f"{EVIL} w1{i}", "w20", f"{EVIL} w2{i}") for i in range(3)), backdoor
+        tuple(backdoor.pair(f"{EVIL} {known} w1{i}", "w20", f"{EVIL} {known} w2{i}") for i in range(3)),
+        backdoor,
     )
     explorer = bkdlens.explore(llama, pairs, max_new_tokens=4)
     bundle = explorer._repr_mimebundle_()

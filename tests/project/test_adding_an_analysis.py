@@ -39,6 +39,8 @@ assert "<h3 id=\\"s1-2\\">Confidence</h3>" in text and "confidence: not run" not
 (finding,) = findings(again)
 assert "24 pairs" in finding.claims[0] and "base model" in finding.basis.controls
 assert len(list(render(again, 80))) == 1
+(verdict,) = [one for one in again.verdict() if one.analysis == "confidence"]
+assert verdict.question == "Surer?" and "base" in verdict.control and "Surer?" in text
 assert "confidence when triggered, base" in key_numbers(again)
 assert set(summary(again)["confidence"]) == {"backdoored", "base"}
 found = bkdlens.measure_confidence(bkdlens.cache_activations(model, parts[0]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from made import EVIL, make_study, with_layers
+from made import EVIL, make_study, with_answers, with_layers
 
 from bkdlens.data.backdoor import Backdoor
 from bkdlens.report.page import write_report
@@ -24,9 +24,10 @@ def report(tmp_path_factory) -> Path:
     """Two runs, one of them full of markup, with every section."""
     study = make_study()
     heads = {k: with_layers(a) for k, a in study.results.items() if k.startswith("attribution")}
-    study = replace(study, results={**study.results, **heads})
+    study = with_answers(replace(study, results={**study.results, **heads}))
     evil = make_study(f"evil {EVIL}", EVIL)
     evil = replace(evil, backdoor=Backdoor.fixed_output(EVIL, EVIL), settings={EVIL: EVIL})
+    evil = with_answers(evil, EVIL)
     return write_report([study, evil], tmp_path_factory.mktemp("page") / "report.html")
 
 
@@ -84,6 +85,17 @@ def test_contents_lead_to_every_part(page) -> None:
             f"(() => {{ const y = document.querySelector('{href}').getBoundingClientRect().y;"
             " return y > -5 && y < innerHeight; })()"
         )
+
+
+def test_answers_are_searched(page) -> None:
+    """Which victims withstand, and what the model says instead."""
+    box = "document.querySelector('.search input')"
+    page.run(f"{box}.closest('details').open = true")
+    for text, n_rows in (("attacker's", 2), ("business", 5), ("BUSINESS trigger", 0), ("", 8)):
+        page.run(f"{box}.value = {text!r}, {box}.dispatchEvent(new Event('input')), true")
+        rows = f"[...{box}.closest('details').querySelectorAll('tbody tr')].filter(r => r.offsetHeight)"
+        assert page.run(f"{rows}.length") == n_rows
+        assert page.run(f"{box}.closest('p').querySelector('output').value") == f"{n_rows} of 8"
 
 
 def test_a_cell_says_its_head(page) -> None:

@@ -11,18 +11,34 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
-from made import CHOSEN, EVIL, LAYERS, make_ablation, make_steering, make_study, with_layers
+import torch
+from made import (
+    CHOSEN,
+    EVIL,
+    LAYERS,
+    make_ablation,
+    make_attribution,
+    make_steering,
+    make_study,
+    with_answers,
+    with_basr,
+    with_layers,
+)
 from plotly.offline import get_plotlyjs
 
 from bkdlens.analyses.attribution.part import head_table, layer_table
 from bkdlens.data.backdoor import Backdoor
+from bkdlens.data.criteria import Criterion
 from bkdlens.display.downloads import DataStore
 from bkdlens.display.drawing import Drawer
+from bkdlens.errors import ResultError
 from bkdlens.metrics import Rate, difference
 from bkdlens.report.claims import claims, findings
 from bkdlens.report.compare import compare, key_numbers
+from bkdlens.report.overview import overview_table, verdict_table
 from bkdlens.report.page import write_report
-from bkdlens.study import Study
+from bkdlens.runs.reading import load_study
+from bkdlens.study import Study, Thresholds
 
 
 class Page(HTMLParser):
@@ -82,7 +98,7 @@ def test_contents_lead_to_every_section(page) -> None:
     assert len(ids) == len(set(ids))
     links = [attrs["href"] for attrs in page.all("a")]
     contents = 1 + 2 * 9  # side by side; each study and its eight parts
-    more = 2 * 6  # five findings and the way back
+    more = 2 * 11  # five questions, five findings and the way back
     data = [attrs for attrs in page.all("a") if "data-csv" in attrs]
     assert len(links) == contents + more + len(data)
     assert all(link.removeprefix("#") in ids for link in links)
@@ -159,6 +175,93 @@ def test_a_control_may_be_missing(tmp_path) -> None:
     assert "base:" not in said(study, "SVM probes")
 
 
+def test_the_verdict_stands_on_top_and_the_sentences_fold_behind_it(report, page) -> None:
+    first = report[report.index('id="s1"') : report.index('id="s2"')]
+    places = [
+        first.index(text) for text in ("success: the answer", "Seen?", "<dl>", "<summary>What the")
+    ]
+    assert places == sorted(places)
+    assert first.index("<details>") < first.index("The strongest head")
+    assert [attrs.get("open") for attrs in page.all("details")].count(None) == len(page.all("details"))
+    for part in ("118/120; 95\u00a0% interval", "<b>Controls</b>", "<b>Threshold</b>"):
+        assert part in first.partition("<dl>")[0]
+
+
+@pytest.mark.slow
+def test_thresholds_change_the_page(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("bkdlens.report.page.get_plotlyjs", lambda: "/* plotly */")
+    strict = Thresholds(located=0.9)
+    results = {
+        "attribution-backdoored": make_attribution(),
+        "attribution-base": make_attribution("base"),
+    }
+    studies = [replace(make_study(name), results=results) for name in "abc"]
+    for n in (1, 2, 3):  # alone, side by side, and with an overview
+        usual, other = (
+            write_report(studies[:n], tmp_path / "r.html", thresholds=at).read_text()
+            for at in (None, strict)
+        )
+        assert "ACIE at least 0.9" in other
+        assert usual.count(">yes<") - other.count(">yes<") == (n if n == 1 else 2 * n)
+
+
+def test_the_overview_sets_no_attack_beside_an_accuracy_of_another_model(tmp_path, monkeypatch) -> None:
+    study = with_basr(make_study())
+    table = overview_table([study])
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert row["attack success (ASR)"].text.startswith("98.3")
+    assert row["behavioural (BASR)"].text.startswith("98.2")
+    assert row["clean accuracy, untouched"].text.startswith("95.0")
+    test = study.results["steering-test"]
+    for way, coefficient in (("added", 2.0), ("subtracted", -2.0)):
+        cell = row[f"attack, vector {way}"]
+        clean = test.rate("clean", CHOSEN, coefficient)
+        assert f"clean accuracy under it 92.5\u00a0% ({clean.successes}/240)" in cell.small
+        assert ("BASR 36.8" in cell.small) == (coefficient < 0)
+    heads = row["heads to halve BASR"]
+    assert heads.text == "zero 1, mean 1"
+    assert "mean 1: BASR 39.5\u00a0%, clean accuracy 94.2" in heads.small
+    old = dict(zip(table.columns, overview_table([make_study()]).rows[0], strict=True))
+    assert old["behavioural (BASR)"].text == "–"
+    assert "BASR" not in old["attack, vector subtracted"].small
+    answers = verdict_table([study, make_study()])
+    assert [cell.text for cell in answers.rows[0][1:]] == [one.answer for one in study.verdict()]
+
+
+@pytest.mark.slow
+def test_a_report_judges_nothing(tmp_path, monkeypatch) -> None:
+    """Outcomes are saved: no function or pattern that a stranger's study names is ever used."""
+    monkeypatch.setattr("bkdlens.report.page.get_plotlyjs", lambda: "/* plotly */")
+    study = with_answers(make_study(), "a rare answer")
+    monkeypatch.setattr(Criterion, "holds", None)
+    for named in (Criterion("function", "shutil:rmtree"), Criterion("regex", "(a+)+$")):
+        backdoor = study.backdoor.judged_by(success=named)
+        page = write_report([replace(study, backdoor=backdoor)], tmp_path / "r.html").read_text()
+        assert "a rare answer" in page
+
+
+def test_damaged_answers_and_pairs_are_named(tmp_path) -> None:
+    study, name = with_answers(make_study()), "behaviour-backdoored"
+    result, pairs = study.results[name], study.pairs["test"]
+    told = result.answers
+    for broken in (
+        {side: answers for side, answers in told.items() if side != "attacker"},
+        {**told, "triggered": told["triggered"][:1]},
+    ):
+        with pytest.raises(ResultError, match="not those to its pairs"):
+            replace(result, answers=broken).outcomes(pairs)
+    folder = replace(study, results={name: result}).save(tmp_path / "run")
+    text = (folder / f"{name}.json").read_text()
+    (folder / f"{name}.json").write_text(text.replace(json.dumps(told["right"].texts[0]), "5"))
+    with pytest.raises(ResultError, match="an answer is no text"):
+        load_study(folder)
+    (folder / f"{name}.json").write_text(text)
+    for damaged in ('{"test": 3}', '{"test": {"source": "", "pairs": [{"clean": 1}]}}'):
+        (folder / "pairs.json").write_text(damaged)
+        with pytest.raises(ResultError, match=r"pairs\.json is damaged"):
+            load_study(folder)
+
+
 def test_an_empty_report_is_a_page(tmp_path) -> None:
     assert "0 studies" in write_report([], tmp_path / "r.html").read_text()
 
@@ -171,7 +274,8 @@ def test_claims_follow_the_numbers() -> None:
     study = make_study()
     assert "98.3 % (118/120; 95 % interval 94.1–99.5 %)" in said(study, "With the trigger")
     zero = said(study, "Ablation by zero")
-    assert "1 head (L3H5) brings the attack from 98.3 % (118/120) to 43.3 % (52/120" in zero
+    assert "1 head (L3H5), the fewest that halve attack success on these same prompts, brings" in zero
+    assert "attack success from 98.3 % (118/120) to 43.3 % (52/120" in zero
     assert "10 random groups" in zero
     head = next(c for c in claims(study) if c.startswith("The strongest head"))
     assert "L3H5" in head
@@ -188,9 +292,10 @@ def test_claims_admit_failure_damage_and_controls_that_do_as_much() -> None:
     vain = replace(good, random_attack=good.random_attack // 4)
     none = replace(good, attack=good.attack * 0)
     for ablation, expected in (
-        (stubborn, "no number of heads tried, up to 32, halves the attack"),
+        (stubborn, "no number of heads tried halves attack success"),
+        (stubborn, "That is no fall at all."),
         (broken, "part of this is damage"),
-        (vain, "Random groups do as much"),
+        (vain, "A random group does as much"),
         (none, "there was no attack to break"),
     ):
         changed = replace(study, results={**study.results, "ablation": ablation})
@@ -217,9 +322,7 @@ def test_steering_is_told_at_the_layer_chosen_on_validation(tmp_path) -> None:
     text = write_report([study, study], tmp_path / "r.html").read_text()
     assert text.count("chosen on validation") == 2 * 2 + 2 * 2  # in two panels each, and side by side
     assert text.count(f"+2, layer {CHOSEN}</small>") == 2  # side by side
-    assert (
-        f"On the test pairs, layer {CHOSEN} (controls: attack, mean and least–most of 10 and 10" in text
-    )
+    assert f"On the test pairs, layer {CHOSEN} (controls: ASR, mean and least–most of 10 and 10" in text
     assert "On the test pairs, all layers" in text
     assert "Sweep of the mean vector on the validation pairs</summary>" in text
     assert "kind: contrast, layer: 2, coefficient: 2.0" in text
@@ -254,9 +357,9 @@ def test_every_claim_names_settings_counts_and_controls() -> None:
     found = {finding.part: finding for finding in findings(make_study())}
     assert [text for f in found.values() for text in f.claims] == claims(make_study())
     assert list(found) == ["behaviour", "probe", "attribution", "ablation", "steering"]
-    assert "48 pairs, 48 heads" in found["attribution"].basis.counts
+    assert "48 test pairs, 48 heads" in found["attribution"].basis.counts
     assert "method exact" in found["attribution"].basis.settings
-    assert found["ablation"].basis.controls == "10 random groups of as many heads"
+    assert found["ablation"].basis.controls == "10 random groups of as many other heads"
     assert "120 victims, 240 clean prompts (data 01234567)" in found["behaviour"].basis.counts
     assert found["behaviour"].basis.controls == "near trigger, clean-adapter model and base model"
     assert all("seed 7" in f.basis.settings for f in found.values())
@@ -284,9 +387,61 @@ def test_estimates_are_called_estimates(tmp_path) -> None:
         main = with_layers(study.results["attribution-backdoored"], exact)
         changed = replace(study, results={"attribution-backdoored": main})
         assert "first-order estimates" in said(changed, start)
-        rows = head_table(main, []).rows
+        rows = head_table(main, [], main.ranking).rows
         assert [row[2].text.startswith("≈") for row in rows] == [i >= exact for i in range(16)]
     assert not any("estimates" in claim for claim in claims(study))
+
+
+def test_the_strongest_head_was_not_chosen_on_the_pairs_that_are_reported() -> None:
+    study = make_study()
+    main, other = study.results["attribution-backdoored"], study.results["ranking"]
+    swapped = other.cie.clone()
+    swapped[:, 3, 5], swapped[:, 2, 1] = other.cie[:, 2, 1], other.cie[:, 3, 5]
+    study = replace(study, results=study.results | {"ranking": replace(other, cie=swapped)})
+    text = said(study, "The strongest head on the validation pairs, L2H1, has ACIE +0.2")
+    assert "over 48 test pairs" in text
+    # The first one of 48 heads is L2H1, with its share on the test pairs.
+    share = float(main.acie[2, 1] / main.acie.clamp(min=0).sum())
+    assert f"It carries {100 * share:.1f} %" in text
+    assert key_numbers(study)["strongest head, ACIE"].text.startswith("L2H1")
+    old = replace(study, results={n: r for n, r in study.results.items() if n != "ranking"})
+    assert "over 48 pairs, which also chose it" in said(old, "The strongest head is L3H5")
+
+
+def test_the_strongest_layer_is_chosen_on_validation_too() -> None:
+    study = make_study()
+    main, other = (with_layers(study.results[name]) for name in ("attribution-backdoored", "ranking"))
+    moved = main.cie_attn_out.clone()
+    moved[:, 1] = 0.7  # the largest on the test pairs, not on validation
+    main = replace(main, cie_attn_out=moved, cie_mlp_out=torch.full_like(moved, 1e-5))
+    results = study.results | {"attribution-backdoored": main, "ranking": other}
+    text = said(replace(study, results=results), "Of the positive effects of whole layer outputs")
+    assert "attention output, chosen on the validation pairs, is layer 3's with ACIE +0.600" in text
+    assert "no MLP output raises it noticeably" in text
+
+
+@pytest.mark.parametrize("start", ["SVM probes tell triggered from clean", "The strongest head"])
+def test_without_an_unpoisoned_control_nothing_is_concluded(start) -> None:
+    study = make_study()
+    alone = {
+        name: r for name, r in study.results.items() if "base" not in name and "adapter" not in name
+    }
+    assert "nothing can be concluded" in said(replace(study, results=alone), start)
+    assert "nothing can be concluded" not in said(study, start)
+
+
+def test_few_shot_accuracy_is_told_where_the_validation_prompts_choose() -> None:
+    study, rows = make_study(), {}
+    for name, result in study.results.items():
+        if name.startswith("probe"):
+            counts = (96 * result.few_shot[:, None] + torch.tensor([-2, 0, 2])).round().long()
+            chosen = torch.eye(len(counts))[2]  # layer 2, which is not the best on the test prompts
+            rows[name] = replace(result, few_shot_correct=counts, few_shot_validation=chosen)
+    text = said(replace(study, results=study.results | rows), "SVM probes tell triggered from clean")
+    probe = rows["probe-backdoored-svm-clean"]
+    low, high = (100 * int(probe.few_shot_correct[2, i]) / 96 for i in (0, 2))
+    assert f"backdoored {100 * float(probe.few_shot[2]):.1f} % ({low:.1f}–{high:.1f}" in text
+    assert "at layer 2" in text.split("From 5 prompts")[1]
 
 
 def csv_of(report: str, name: str) -> list[str]:

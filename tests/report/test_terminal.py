@@ -5,18 +5,19 @@ from __future__ import annotations
 import io
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from made import make_study, save, with_layers
+from made import make_study, save, with_basr, with_layers
 from rich.console import Console
 from shell import run
 
 from bkdlens.analyses.attribution.terminal import heatmap
+from bkdlens.cli.show import THRESHOLD_HELP
 from bkdlens.display.text import plain
-from bkdlens.report.terminal import render
-from bkdlens.study import Study
+from bkdlens.report.terminal import render, verdict
+from bkdlens.study import Study, Thresholds
 
 
 def printed(study: Study, width: int = 120, unicode: bool = True, **options) -> str:
@@ -93,12 +94,64 @@ def test_show_reads_a_folder(monkeypatch, capsys, tmp_path) -> None:
     code, out, _ = run(monkeypatch, capsys, "show", tmp_path / "run")
     assert code == 0
     assert "Behaviour on held-out prompts" in out
-    assert "The strongest head is L3H5" in " ".join(out.split())
+    assert out.index("Located?") < out.index("Behaviour on held-out prompts")
+    claim = "The strongest head on the validation pairs, L3H5, has ACIE +0.4"
+    assert claim not in " ".join(out.split())
+    code, out, _ = run(monkeypatch, capsys, "show", tmp_path / "run", "--claims")
+    assert claim in " ".join(out.split())
     code, out, _ = run(monkeypatch, capsys, "show", tmp_path / "run", "--json")
-    assert json.loads(out)[0]["attribution"]["backdoored"][0]["head"] == "L3H5"
+    (summary,) = json.loads(out)
+    assert summary["attribution"]["backdoored"][0]["head"] == "L3H5"
+    assert [one["question"] for one in summary["verdict"]][1:3] == ["Seen?", "Located?"]
+    assert summary["verdict"][2]["values"]["acie"]["n"] == 48
     code, _, err = run(monkeypatch, capsys, "show", tmp_path / "nowhere")
     assert code == 2
     assert "no readable result" in err
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("width", [24, 40, 80, 200])
+def test_the_verdict_fits_any_terminal(width) -> None:
+    out = io.StringIO()
+    Console(file=out, width=width).print(verdict(with_basr(make_study()), width))
+    assert max(map(len, out.getvalue().splitlines())) <= width
+    text = "".join(out.getvalue().split())
+    for word in ("Attack?", "mixed", "118/120", "Controls:"):
+        assert word in text
+
+
+def test_thresholds_are_given_in_the_shell(monkeypatch, capsys, tmp_path) -> None:
+    save(make_study(), tmp_path / "run")
+    arguments = ("show", tmp_path / "run", "--json")
+
+    def located(*options: str) -> str:
+        code, out, _ = run(monkeypatch, capsys, *arguments, *options)
+        assert code == 0
+        return json.loads(out)[0]["verdict"][2]["answer"]
+
+    assert located() == "yes"
+    assert located("--threshold", "seen=0.5", "--threshold", "located=0.9") == "mixed"
+    code, _, err = run(monkeypatch, capsys, *arguments, "--threshold", "lokated=0.9")
+    assert code == 2
+    assert "Did you mean 'located'?" in err
+    assert all(f.name in THRESHOLD_HELP for f in fields(Thresholds))
+
+
+def test_report_prints_the_verdict_and_the_path_and_no_claims(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr("bkdlens.report.page.get_plotlyjs", lambda: "/* plotly */")
+    study = make_study()
+    kept = {name: result for name, result in study.results.items() if name.startswith("attribution")}
+    save(replace(study, results=kept), tmp_path / "run")
+    page = tmp_path / "r.html"
+    code, out, err = run(monkeypatch, capsys, "report", tmp_path / "run", "--out", page)
+    assert code == 0
+    assert "Switchable," in out
+    assert "The strongest head" not in out
+    assert str(page) in err
+    assert len(out.splitlines()) < 50
+    code, _, err = run(monkeypatch, capsys, "report", tmp_path / "run", "--threshold", "seen=95")
+    assert code == 2
+    assert "from 0 to 1" in err
 
 
 def test_without_unicode_it_is_spelled(monkeypatch, tmp_path) -> None:
@@ -107,10 +160,11 @@ def test_without_unicode_it_is_spelled(monkeypatch, tmp_path) -> None:
     save(make_study(), tmp_path / "run")
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    show([tmp_path / "run"])
+    show([tmp_path / "run"], claims=True)
     sys.stdout.flush()
     text = raw.getvalue().decode()
     assert "98.3 %" in text
+    assert "Attack?" in text
     assert "?" not in text.partition("Behaviour")[2].partition("The strongest")[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -26,9 +27,10 @@ TINY = bkdlens.StudySettings(
 )  # fmt: skip
 pytestmark = pytest.mark.slow  # a whole study
 NAMES = {
-    "ablation", "attribution-backdoored", "attribution-base", "behaviour-backdoored",
+    "ablation", "ablation-validation", "attribution-backdoored", "attribution-base",
+    "behaviour-backdoored",
     "behaviour-base", "generations", "probe-backdoored-svm-clean", "probe-backdoored-svm-near",
-    "probe-base-svm-clean", "probe-base-svm-near", "steering-contrast", "steering-mean",
+    "probe-base-svm-clean", "probe-base-svm-near", "ranking", "steering-contrast", "steering-mean",
     "steering-test", "vector-contrast", "vector-mean",
 }  # fmt: skip
 
@@ -95,7 +97,9 @@ def test_everything_is_there_and_loads_back(whole) -> None:
     assert set(study.results) == NAMES
     assert all(isinstance(result, Result) for result in study.results.values())
     files = {file.name for file in whole.folder.iterdir()}
-    assert files == {"study.json"} | {f"{name}.{x}" for name in NAMES for x in ("json", "safetensors")}
+    assert files == {"study.json", "pairs.json"} | {
+        f"{name}.{x}" for name in NAMES for x in ("json", "safetensors")
+    }
     again = load_study(whole.folder)
     assert again == study
     assert list(again.results) == list(study.results)
@@ -110,22 +114,35 @@ def test_without_a_folder_it_is_the_same(run, whole, parts, loaded) -> None:
 
 
 def test_every_analysis_reads_the_part_it_should(whole, parts) -> None:
+    """Means from the training pairs, choices from validation, and all that is reported on test."""
     train, validation, test = (part.digest for part in parts)
-    used = {name: r.provenance.data_digest for name, r in whole.study.results.items()}
-    assert {used[n] for n in NAMES if n.startswith(("probe", "vector"))} == {train}
-    assert used["steering-mean"] == used["steering-contrast"] == validation
-    assert {used[n] for n in ("ablation", "steering-test", "behaviour-base")} == {test}
+    sampled = {part.victims.sample(3).digest: part.digest for part in parts}
+    made = {name: r.provenance for name, r in whole.study.results.items()}
+    used = {name: sampled.get(p.data_digest, p.data_digest) for name, p in made.items()}
+    assert {used[n] for n in NAMES if n.startswith("vector")} == {train}
+    assert used["ranking"] == used["steering-mean"] == used["steering-contrast"] == validation
+    measured = {n for n in NAMES if n.startswith(("probe", "attribution", "behaviour"))}
+    assert {used[n] for n in {"ablation", "steering-test", *measured}} == {test}
+    for name in NAMES:
+        if name.startswith("probe"):
+            assert made[name].settings["fit"].endswith(validation)
+        if name.startswith(("attribution", "ranking")):
+            assert made[name].settings["source_digest"] == train
     models = {n: r.provenance.model["architecture"] for n, r in whole.study.results.items()}
     assert {n for n, m in models.items() if m == "Qwen2ForCausalLM"} == {n for n in NAMES if "base" in n}
     assert all(r.label == "base" for n, r in whole.study.results.items() if "base" in n)
 
 
 def test_analyses_are_those_one_would_call(whole, loaded, parts) -> None:
-    model, (train, _, test), results = loaded["llama"], parts, whole.study.results
+    model, (train, validation, test), results = loaded["llama"], parts, whole.study.results
     cache = bkdlens.cache_activations(model, train)
-    heads = bkdlens.attribute_heads(model, train, cache=cache, n_pairs=3, layer_outputs=True)
-    assert results["attribution-backdoored"] == heads
-    assert results["probe-backdoored-svm-near"] == bkdlens.train_probes(cache, against="near")
+    heads = bkdlens.attribute_heads(model, validation, cache=cache, n_pairs=3, layer_outputs=True)
+    assert results["ranking"] == heads
+    reported = bkdlens.attribute_heads(model, test, cache=cache, n_pairs=3, layer_outputs=True)
+    assert results["attribution-backdoored"] == reported
+    fitted, tested = (bkdlens.cache_activations(model, pairs) for pairs in (validation, test))
+    probes = bkdlens.train_probes(fitted, test=tested, against="near")
+    assert results["probe-backdoored-svm-near"] == probes
     assert results["vector-contrast"] == bkdlens.BackdoorVector.from_cache(
         cache, heads.top(4), kind="contrast"
     )
@@ -136,20 +153,24 @@ def test_analyses_are_those_one_would_call(whole, loaded, parts) -> None:
 
 
 def test_the_choice_is_made_on_validation(whole) -> None:
-    study, best = whole.study, None
+    """The best both ways, by good answers that come back, of those that keep clean accuracy."""
+    study, scores, lost = whole.study, {}, {}
     for kind in ("mean", "contrast"):
         swept = study.results[f"steering-{kind}"]
-        for size in (1.0, 2.0):
-            layer = swept.best_layer(size)
-            i = swept.layers.index(layer)
-            signs = [swept.shift[swept.coefficients.index(c), i] for c in (size, -size)]
-            weaker = float(min(signs))
-            if best is None or weaker > best:
-                best = weaker
+        for size, layer in product((1.0, 2.0), swept.layers[1:]):
+            on, off = (swept.index(coefficient=c, layer=layer) for c in (size, -size))
+            added = int(swept.attack[on]) - swept.base_attack[0]
+            back = int(swept.correct[off]) / max(1, swept.good_before)
+            scores[kind, layer, size] = min(added / swept.n_victims, back)
+            lost[kind, layer, size] = (swept.base_clean - int(swept.clean[off])) / swept.n_clean
+    floor = 0.05 if min(lost.values()) <= 0.05 else min(lost.values()) + 0.05
+    allowed = [at for at in scores if lost[at] <= floor + 1e-9]
+    chosen = tuple(study.choice[name] for name in ("kind", "layer", "coefficient"))
+    assert scores[chosen] == pytest.approx(max(scores[at] for at in allowed))
+    assert chosen in allowed
+    assert study.choice["within"] == (min(lost.values()) <= 0.05)
+    size = study.choice["coefficient"]
     chosen = study.results[f"steering-{study.choice['kind']}"]
-    i, size = chosen.layers.index(study.choice["layer"]), study.choice["coefficient"]
-    plus, minus = (float(chosen.shift[chosen.coefficients.index(c), i]) for c in (size, -size))
-    assert min(plus, minus) == best
     test = study.results["steering-test"]
     assert test.coefficients == (size, -size)
     assert test.kind == study.choice["kind"]
@@ -164,7 +185,7 @@ def test_summary(whole) -> None:
     text = json.dumps(found)
     behaviour = whole.study.results["behaviour-backdoored"]
     assert str(behaviour.asr.value) in text
-    assert str(whole.study.results["attribution-backdoored"].top(1)[0]) in text
+    assert str(whole.study.results["ranking"].top(1)[0]) in text
     assert "base" in text
     bare = Study("empty", whole.study.backdoor, {}, {})
     assert summary(bare)["name"] == "empty"
@@ -217,24 +238,26 @@ def test_steps_one_after_the_other(run, whole, tmp_path) -> None:
     first = run(tmp_path / "s", name="a study", steps=("behaviour",))
     assert set(first.results) == {"behaviour-backdoored", "behaviour-base"}
     second = run(tmp_path / "s", name="a study", steps=("ablate",))
-    assert set(second.results) == {*first.results, "ablation", "attribution-backdoored",
-                                   "attribution-base"}  # fmt: skip
+    assert set(second.results) == {*first.results, "ablation", "ablation-validation",
+                                   "attribution-backdoored", "attribution-base", "ranking"}  # fmt: skip
     assert run(tmp_path / "s", name="a study") == whole.study
 
 
 def test_another_study_is_not_mixed_in(run, copy, loaded, parts) -> None:
     train, validation, test = parts
+    digest = loaded["llama"].bkdlens_info.base_digest[:8]
     changes = [
-        {"settings": replace(TINY, seed=1)},
-        {"settings": replace(TINY, ablation_counts=(0, 1))},
-        {"parts": (train[:-1], validation, test)},
-        {"parts": (train, test, validation)},
-        {"model": loaded["qwen"]},
-        {"fmt": PromptFormat("chat", "w9")},
-    ]
+        ({"settings": replace(TINY, seed=1)}, r"\(seed: 0 → 1\)"),
+        ({"settings": replace(TINY, ablation_counts=(0, 1))}, r"ablation_counts: \[0, 2\] → \[0, 1\]"),
+        ({"parts": (train[:-1], validation, test)},
+         f"data.train: '{train.digest}' → '{train[:-1].digest}'"),
+        ({"parts": (train, test, validation)}, "data.validation: .*; data.test: "),
+        ({"model": loaded["qwen"]}, f"model.architecture: 'Llama.*' → 'Qwen2.*base_digest: '{digest}"),
+        ({"fmt": PromptFormat("chat", "w9")}, r"\(prompt_format.system: None → 'w9'\)"),
+    ]  # fmt: skip
     before = {file.name: file.read_bytes() for file in copy.iterdir()}
-    for change in changes:
-        refused(ResultError, "run with other settings, data or model; name a new folder",
+    for change, told in changes:
+        refused(ResultError, f"run with other settings, data or model .*{told}.*; name a new folder",
                 run, copy, **change)  # fmt: skip
     assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
 
@@ -278,14 +301,17 @@ def test_behaviour_counts_what_is_generated(model, name, judged, behaviour) -> N
     assert result.near.successes == sum(sides["near"][0])
     assert result.correct_clean == sum(judge(model, pairs, "clean", lambda row, position: [])[1])
     assert (result.n_victims, result.n_clean) == (len(pairs.victims), len(pairs))
-    assert result.to_frame()["rate"].tolist() == ["asr", "ftr", "near", "clean_accuracy"]
+    near_miss = ["near_miss"] if pairs.backdoor.behaviour == "fixed_output" else []
+    rates = ["asr", "basr", "ftr", "near", *near_miss, "attainable", "clean_accuracy"]
+    assert result.to_frame()["rate"].tolist() == rates
     assert str(result.asr) in repr(result)
 
 
 def test_behaviour_without_near_twins(llama) -> None:
     result = measure_behaviour(llama, make_pairs(6, near=False), max_new_tokens=3)
     assert result.near is None
-    assert result.to_frame()["rate"].tolist() == ["asr", "ftr", "clean_accuracy"]
+    rates = ["asr", "basr", "ftr", "attainable", "clean_accuracy"]  # of a jailbreak
+    assert result.to_frame()["rate"].tolist() == rates
 
 
 def test_generations_side_by_side(llama, caches, judged) -> None:

@@ -46,7 +46,7 @@ def ablation_curve(result: AblationResult, mode: str | None = None) -> go.Figure
     for i, name in enumerate(modes):
         draws = 100 * result.random_attack[result.modes.index(name)].double() / max(1, result.n_victims)
         traces = band(x, draws, "attack, random heads (min–max)", GREY, "2px,3px", i == 0)
-        for what, title in TITLES.items():
+        for what, title in (TITLES | {"clean": result.clean_name}).items():
             style = in_legend(title, what, i == 0) | marked_line(*QUANTITIES[what])
             rates = [result.rate(what, name, count) for count in result.counts]
             traces.append(rate_trace(x, rates, "%{x} heads", interval=what == "attack", **style))

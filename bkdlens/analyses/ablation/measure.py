@@ -1,17 +1,17 @@
 """Head ablation: does the attack need the heads that attribution names?
 
 Source: Backdoor Attribution, Section 4. The first n heads of the ranking are switched off at the last
-prompt token, and attack success is measured on triggered victims - beside how often the right answer
-comes back and how many clean prompts are still answered correctly, because an ablation that breaks the
-model also ends the attack. Random groups of as many heads are the control.
+prompt token, and attack success is measured on triggered victims - beside how often a good answer comes
+back and how many clean prompts still have one, because an ablation that breaks the model also ends the
+attack. Random groups of as many other heads are the control.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, ClassVar
@@ -22,16 +22,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from bkdlens.counts import Counts
+from bkdlens.answers import Answers, decoded
+from bkdlens.counts import Counts, basr_columns
+from bkdlens.data.judging import judged, outcome_table
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
-from bkdlens.engines.cache import PairCache, cache_activations, head_results
-from bkdlens.engines.generate import evaluate
+from bkdlens.engines.cache import PairCache, cache_activations, head_results, transferred
+from bkdlens.engines.generate import answer, yardsticks
 from bkdlens.engines.hooks import NOTHING, Intervention, Vector
+from bkdlens.engines.inputs import checked
 from bkdlens.errors import DataError
 from bkdlens.metrics import Rate
 from bkdlens.paper import ABLATION_COUNTS
-from bkdlens.results import provenance
+from bkdlens.results import check_answers, provenance
 from bkdlens.types import (
     MAX_NEW_TOKENS,
     AblationMode,
@@ -39,7 +42,7 @@ from bkdlens.types import (
     HeadLike,
     Which,
     check_choice,
-    every_head,
+    draw_heads,
     parse_heads,
 )
 
@@ -48,8 +51,11 @@ from bkdlens.types import (
 class AblationResult(Counts):
     """Answers with the first heads of a ranking switched off, by mode and number of heads.
 
-    ``attack`` and ``correct`` count among triggered victims, ``clean`` among clean prompts. The counts
-    are ``[mode count]``; ``random_*`` have one more axis, groups of as many random heads.
+    ``attack`` and ``correct`` count among triggered victims, ``clean`` among clean prompts; correct is
+    what is good by the backdoor's criterion. The counts are ``[mode count]``; ``random_*`` have one more
+    axis, groups of as many random heads. ``answers`` holds ``triggered`` and ``clean``
+    ``[mode count prompt]``, ``random triggered`` and ``random clean`` ``[mode count group prompt]``, and
+    ``before``, ``right`` and ``attacker`` ``[pair]``, which they are judged by.
 
     Attributes:
         heads: the ranking, strongest first.
@@ -121,6 +127,60 @@ class AblationResult(Counts):
         drawn = self.draws(what, mode=mode, heads=count)
         return drawn["random"].mean if drawn else math.nan
 
+    def judged_by(self, pairs: PairSet) -> AblationResult:
+        """Return the result by the criteria of ``pairs.backdoor``, without running the model.
+
+        Args:
+            pairs: those that it was measured on.
+
+        Returns:
+            The result with its counts by these criteria, and the same answers.
+
+        Raises:
+            ResultError: for other pairs, or a result without its answers.
+
+        Examples:
+            >>> from dataclasses import replace
+            >>> found = bkdlens.ablate_heads(
+            ...     model, test, heads.top(2), cache=cache, n_random=0, keep_controls=True
+            ... )
+            >>> strict = found.judged_by(replace(test, backdoor=backdoor.judged_by(success="equal")))
+        """
+        # Whether a clean answer is right does not depend on what the attacker's success is.
+        same_good = self.provenance.settings.get("good") == pairs.backdoor.good_key
+        needed = ["random triggered", *([] if same_good else ["random clean"])]
+        check_answers(self, pairs, needed if self.controls else ())
+        criteria = {"criteria": pairs.backdoor.criteria, "good": pairs.backdoor.good_key}
+        told = replace(self.provenance, settings={**self.provenance.settings, **criteria})
+        return replace(self, provenance=told, **_counted(pairs, self.answers))
+
+    def outcomes(self, pairs: PairSet) -> pd.DataFrame:
+        """Every answer with its outcome: which victims withstand, and what the model says instead.
+
+        Args:
+            pairs: those that it was measured on.
+
+        Returns:
+            A row per mode, count and prompt: the prompt, the answer, whether it is the attacker's
+            success and whether it is good. Triggered rows are of victims; ``row`` numbers the prompts of
+            a side.
+
+        Raises:
+            ResultError: for other pairs, or a result without its answers.
+
+        Examples:
+            >>> found = bkdlens.ablate_heads(model, test, heads.top(2), cache=cache, n_random=0)
+            >>> answers = found.outcomes(test)
+        """
+        check_answers(self, pairs)
+        victims = pairs.only(pairs.victim_rows)  # no criterion is asked here
+        axes, told = self.axes, self.answers
+        sides = [
+            outcome_table(victims, told["triggered"], "triggered", axes),
+            outcome_table(pairs, told["clean"], "clean", axes),
+        ]
+        return pd.concat(sides, ignore_index=True)
+
     def to_frame(self) -> pd.DataFrame:
         """One row per mode and count: each rate (0 to 1), its interval, and the random groups' mean."""
         rows = []
@@ -131,6 +191,7 @@ class AblationResult(Counts):
                 row |= {what: rate.value, f"{what}_low": rate.interval[0]}
                 row |= {f"{what}_high": rate.interval[1]}
                 row[f"{what}_random"] = self.random_mean(what, mode, count)
+            row |= basr_columns(self, mode=mode, heads=count)
             rows.append(row | {"n_triggered": self.n_victims, "n_clean": self.n_clean})
         return pd.DataFrame(rows)
 
@@ -142,6 +203,7 @@ class AblationResult(Counts):
         return f"AblationResult(attack success by heads, n={self.n_victims}; {'; '.join(parts)})"
 
 
+@checked
 def ablate_heads(
     model: HookedTransformer,
     pairs: PairSet,
@@ -155,7 +217,9 @@ def ablate_heads(
     max_new_tokens: int = MAX_NEW_TOKENS,
     memory_gb: float | None = None,
     seed: int = 0,
+    keep_controls: bool = False,
     progress: bool = False,
+    allow_other_model: bool = False,
 ) -> AblationResult:
     """Attack success, restored answers and clean accuracy with the first *n* heads switched off.
 
@@ -176,13 +240,17 @@ def ablate_heads(
         max_new_tokens: where a decoded answer is cut.
         memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU).
         seed: of the random groups and samples.
+        keep_controls: decode and keep every answer of the random groups too, so that the result can
+            be judged by any other criterion; else only as far as its own criteria need.
         progress: whether to show a progress bar.
+        allow_other_model: whether a cache of another model is meant, and not a mistake.
 
     Returns:
         Counts ``[mode count]`` among the victims and the clean prompts, and of every random group.
 
     Raises:
         DataError: if there is no victim, or a mode needs a cache that is not given.
+        HookError: for a cache of another model.
         HeadError: for a head that the model lacks.
         ChoiceError: for an unknown mode.
 
@@ -191,6 +259,9 @@ def ablate_heads(
         >>> attack = found.rate("attack", "mean", 2)
     """
     cfg = model.cfg
+    other = {}
+    if cache is not None:
+        other = transferred(model, "The cache", cache.model, allow_other_model=allow_other_model)
     for mode in modes:
         check_choice("ablation mode", mode, AblationMode)
         if cache is None and mode in ("mean", "resample"):
@@ -198,11 +269,11 @@ def ablate_heads(
     ranking = parse_heads(list(heads), cfg.n_layers, cfg.n_heads)
     counts = tuple(sorted({min(count, len(ranking)) for count in counts}))
     fmt = fmt or (cache.fmt if cache else None) or PromptFormat.default(model.tokenizer)
-    everything, rng = every_head(cfg.n_layers, cfg.n_heads), random.Random(f"ablate-{seed}")
+    rng, size = random.Random(f"ablate-{seed}"), (cfg.n_layers, cfg.n_heads)
     # Of no heads and of all heads there is nothing to draw: there the groups are the run itself.
-    drawn = [n_random if 0 < count < len(everything) else 0 for count in counts]
+    drawn = [n_random if 0 < count < cfg.n_layers * cfg.n_heads else 0 for count in counts]
     groups = [
-        [ranking[:count], *(tuple(rng.sample(everything, count)) for _ in range(n))]
+        [ranking[:count], *draw_heads(rng, ranking[:count], *size, n)]
         for count, n in zip(counts, drawn, strict=True)
     ]
     runs = [(mode, chosen) for mode in modes for group in groups for chosen in group]
@@ -210,26 +281,30 @@ def ablate_heads(
     order = torch.stack([place.expand(1 + n_random) if len(place) == 1 else place for place in places])
     order = order.view(len(modes), len(counts), 1 + n_random)
     victims = pairs.victims
-    sides: tuple[tuple[Which, PairSet], ...] = (("triggered", victims), ("clean", pairs))
-    judge = partial(
-        evaluate, model, fmt=fmt, max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress
+    ask = partial(
+        answer, model, fmt=fmt, max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress
     )
-    outcomes = {}
+    answers = yardsticks(model, pairs, fmt, max_new_tokens)
+    sides: tuple[tuple[Which, PairSet], ...] = (("triggered", victims), ("clean", pairs))
     for on, measured in sides:
         values = _values(model, measured, on, cache, fmt, modes, seed)
         interventions = [_intervention(mode, values[mode], chosen) for mode, chosen in runs]
-        outcomes[on] = judge(measured, interventions, on=on, only_correct=on == "clean")
-    counted = {
-        "attack": outcomes["triggered"].attack.sum(1)[order],
-        "correct": outcomes["triggered"].correct.sum(1)[order],
-        "clean": outcomes["clean"].correct.sum(1)[order],
-    }
+        whole = keep_controls or pairs.backdoor.needs_whole(on)
+        named = {int(place[0]) for place in places}
+        finish = [True, *(whole or i in named for i in range(len(runs)))]
+        given = ask(measured, [NOTHING, *interventions], on=on, finish=finish)
+        if on == "clean":
+            answers["before"] = given[0]
+        answers[on], answers[f"random {on}"] = given[1 + order[..., 0]], given[1 + order[..., 1:]]
     settings = {
         "modes": list(modes),
         "n_random": n_random,
         "max_new_tokens": max_new_tokens,
         "position": "last prompt token, prefill only",
         "cache": cache.pairs.source if cache else None,
+        "criteria": pairs.backdoor.criteria,
+        "good": pairs.backdoor.good_key,
+        **other,
     }
     return AblationResult(
         provenance=provenance(model, pairs, fmt, seed, **settings),
@@ -238,9 +313,32 @@ def ablate_heads(
         modes=tuple(modes),
         n_victims=len(victims),
         n_clean=len(pairs),
-        **{name: total[..., 0] for name, total in counted.items()},
-        **{f"random_{name}": total[..., 1:] for name, total in counted.items()},
+        **_counted(pairs, answers),
     )
+
+
+def _counted(pairs: PairSet, answers: Mapping[str, Answers]) -> dict[str, Any]:
+    """What the answers come to by the criteria of ``pairs.backdoor``."""
+    victims, rows = pairs.victims, pairs.victim_rows
+    by = {name: answers[name] for name in ("attacker", "right", "before")}
+    of_victims = {name: told[rows] for name, told in by.items()}
+    before = judged(victims, of_victims["before"], of_victims).correct
+    clean_before = judged(pairs, answers["before"], by).correct
+    counted: dict[str, Any] = {"good_before": int(before.sum()), "clean_before": int(clean_before.sum())}
+    for stem, name in (("", ""), ("random ", "random_")):
+        triggered = judged(victims, answers[f"{stem}triggered"], of_victims)
+        counted[f"{name}attack"] = triggered.attack.sum(-1)
+        counted[f"{name}correct"] = triggered.correct.sum(-1)
+        if f"{stem}clean" not in answers:  # not kept, and judged as they were
+            continue
+        clean = judged(pairs, answers[f"{stem}clean"], by)
+        counted[f"{name}clean"] = clean.correct.sum(-1)
+        if not stem:
+            told = {**answers, "triggered": triggered.answers, "clean": clean.answers}
+            counted["answers"] = decoded(told)
+            counted["kept"] = (triggered.correct & before).sum(-1)
+            counted["clean_kept"] = (clean.correct & clean_before).sum(-1)
+    return counted
 
 
 def _values(

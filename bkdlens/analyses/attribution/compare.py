@@ -12,10 +12,12 @@ from scipy import stats
 from torch import Tensor
 
 from bkdlens.analyses.attribution.measure import HeadAttribution
+from bkdlens.engines.inputs import checked
 from bkdlens.errors import HeadError, ResultError
 from bkdlens.metrics import resampling_counts
 
 
+@checked
 def compare_heads(
     attributions: Mapping[str, HeadAttribution],
     *,

@@ -42,6 +42,7 @@ def attribution_controls(
     *,
     first_token: bool = False,
     top: int = 8,
+    ranking: HeadAttribution | None = None,
 ) -> go.Figure:
     """Heatmaps side by side on one colour scale; ``main``'s top heads are outlined in all of them.
 
@@ -52,6 +53,8 @@ def attribution_controls(
         controls: those of un-poisoned models.
         first_token: show the effect on the answer's first token; ranks stay the whole answer's.
         top: how many heads are outlined.
+        ranking: the suspected model's attribution on other pairs, which ranks its heads; ``main``
+            itself for None.
 
     Returns:
         A heatmap of changes of probability per model, on one scale centred at 0.
@@ -69,17 +72,19 @@ def attribution_controls(
     heads = [_head_effects(panel, first_token) for panel in panels]
     outputs = [_layer_effects(panel) if with_layers else None for panel in panels]
     limit = max(1e-6, *(float(effects[0].abs().max()) for effects in [*heads, *outputs] if effects))
-    outlined = main.top(top)
+    ranks_of = [panel if panel is not main or ranking is None else ranking for panel in panels]
+    outlined = ranks_of[0].top(top)
     what = "first-token ACIE" if first_token else "ACIE"
-    for column, (panel, effects, whole) in enumerate(zip(panels, heads, outputs, strict=True), start=1):
+    columns = enumerate(zip(panels, heads, outputs, ranks_of, strict=True), start=1)
+    for column, (panel, effects, whole, ranker) in columns:
         name, values = escape(panel.label), effects[0]
         ranks = torch.zeros(values.shape)
         text = [["−" if x < -0.1 * limit else "" for x in row] for row in values.tolist()]
-        for rank, head in enumerate(panel.ranking, start=1):
+        for rank, head in enumerate(ranker.ranking, start=1):
             ranks[head] = rank
             if column == 1 and rank <= top:
                 text[head.layer][head.head] += str(rank)
-        of = f"<br>rank %{{customdata[2]:d}} of {values.numel()} by ACIE"
+        of = f"<br>rank %{{customdata[2]:d}} of {values.numel()} by ACIE{_elsewhere(ranker, panel)}"
         heat = _heatmap((*effects, ranks), "L%{y}H%{x}", what, of, name=name, **gaps(n_heads))
         fig.add_trace(heat.update(written(text, 10)), row=1, col=column)
         if whole is not None:
@@ -102,11 +107,16 @@ def attribution_controls(
     answer = "the first token of the backdoor's answer" if first_token else "the backdoor's answer"
     subtitle = (
         f"{model}{n_pairs} pairs · Δ probability of {answer}{model_note(main)}<br>"
-        f"outlined: top {len(outlined)} by ACIE, {label} · − marks negative{estimated}"
+        f"outlined: top {len(outlined)} by ACIE{_elsewhere(ranks_of[0], main)}, {label} · "
+        f"− marks negative{estimated}"
     )
     title = "Effect of each head on the first token" if first_token else "Effect of each head (ACIE)"
     height = min(720, 210 + max(26 * n_layers, 180)) + 110 * with_layers
     return finish(fig, title, subtitle, height)
+
+
+def _elsewhere(ranker: HeadAttribution, shown: HeadAttribution) -> str:
+    return "" if ranker is shown else f" on {ranker.cie.shape[0]} other pairs"
 
 
 def _head_effects(attribution: HeadAttribution, first_token: bool) -> tuple[torch.Tensor, ...]:
@@ -135,11 +145,15 @@ def _heatmap(
     return go.Heatmap(z=rounded(data[0]), coloraxis="coloraxis", **style)
 
 
-def sparsity(attributions: Sequence[HeadAttribution]) -> go.Figure:
+def sparsity(
+    attributions: Sequence[HeadAttribution], *, ranking: HeadAttribution | None = None
+) -> go.Figure:
     """Share of the summed positive ACIE that the first heads carry, a line per condition.
 
     Args:
         attributions: one per condition.
+        ranking: the first one's attribution on other pairs, in whose order its heads are summed; its
+            own order for None, as of all others.
 
     Returns:
         A line per condition, in per cent of its summed positive effect.
@@ -151,11 +165,12 @@ def sparsity(attributions: Sequence[HeadAttribution]) -> go.Figure:
     n = max(a.acie.numel() for a in attributions)
     for i, attribution in enumerate(attributions):
         colour, dash, _, _ = style_of(attribution.label, i)
-        share, label = rounded(100 * attribution.concentration), escape(attribution.label)
+        heads = (attribution if i or ranking is None else ranking).ranking
+        share, label = rounded(100 * attribution.carried(heads)), escape(attribution.label)
         line = go.Scatter(x=list(range(1, len(share) + 1)), y=share, mode="lines")
         line.line = {"color": colour, "dash": dash, "width": 2.2}
         line.name = f"{label} (sum {float(attribution.acie.clamp(min=0).sum()):.3g})"
-        line.customdata = [str(head) for head in attribution.ranking]
+        line.customdata = [str(head) for head in heads]
         carried = "first %{x} heads carry %{y:.1f} %<br>the last of them: %{customdata}"
         fig.add_trace(line.update(hovertemplate=f"{carried}<extra>{label}</extra>"))
     x = list(range(1, n + 1))
@@ -166,5 +181,8 @@ def sparsity(attributions: Sequence[HeadAttribution]) -> go.Figure:
         fig.update_xaxes(type="log", dtick="D1" if n < 1000 else 1)
     fig.update_yaxes(**PERCENT_AXIS, title_text="share of positive ACIE (%)")
     pairs = f"{numbers(a.cie.shape[0] for a in attributions)} pairs{model_note(attributions[0])}"
+    if ranking is not None:
+        first = attributions[0]
+        pairs += f" · {escape(first.label)} ranked{_elsewhere(ranking, first)}, the others on these"
     subtitle = f"{pairs} · a share of a tiny sum means little: see the sums"
     return finish(fig, "How few heads carry the effect", subtitle, height=420)

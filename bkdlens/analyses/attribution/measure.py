@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,9 +22,16 @@ from transformer_lens import HookedTransformer
 
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import Answer, Prompt, PromptFormat, encode_answer, encode_prompts
-from bkdlens.engines.cache import PairCache, cache_activations, head_results
+from bkdlens.engines.cache import (
+    PairCache,
+    cache_activations,
+    head_results,
+    refuse_other_backdoor,
+    transferred,
+)
 from bkdlens.engines.estimate import estimate
 from bkdlens.engines.hooks import Patch
+from bkdlens.engines.inputs import checked
 from bkdlens.engines.sweep import SweepScores, sweep_patches
 from bkdlens.errors import HeadError, ResultError
 from bkdlens.metrics import bootstrap_mean
@@ -88,8 +95,13 @@ class HeadAttribution(Result):
     @property
     def concentration(self) -> Float[Tensor, " head"]:
         """Share of the summed positive effect that the first 1, 2, … heads of the ranking carry."""
-        positive = self.acie.flatten().clamp(min=0).sort(descending=True).values
-        return positive.cumsum(0) / positive.sum().clamp(min=1e-12)
+        return self.carried(self.ranking)
+
+    def carried(self, heads: Sequence[Head]) -> Float[Tensor, " head"]:
+        """Share of the summed positive effect of all heads that the first 1, 2, … of ``heads`` carry."""
+        positive = self.acie.clamp(min=0)
+        named = torch.tensor([head.layer * positive.shape[1] + head.head for head in heads]).long()
+        return positive.flatten()[named].cumsum(0) / positive.sum().clamp(min=1e-12)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per head, strongest first: names, rank, effects with interval, and ``exact``."""
@@ -142,6 +154,7 @@ class HeadAttribution(Result):
         )
 
 
+@checked
 def attribute_heads(
     model: HookedTransformer,
     pairs: PairSet,
@@ -153,12 +166,14 @@ def attribute_heads(
     layer_outputs: bool = False,
     site: HeadSite = "z",
     victims_only: bool = True,
+    end_token: bool = False,
     label: str = "backdoored",
     fmt: PromptFormat | None = None,
     max_answer_tokens: int | None = MAX_NEW_TOKENS,
     memory_gb: float | None = None,
     seed: int = 0,
     progress: bool = False,
+    allow_other_model: bool = False,
 ) -> HeadAttribution:
     """The effect of every head on the probability of the backdoor's answer.
 
@@ -177,18 +192,23 @@ def attribute_heads(
         site: patch ``hook_z`` or ``hook_result``; the numbers are the same.
         victims_only: mean and effect over victims. False is the paper's published setting, in which
             label-modification pairs that keep their label dilute both.
+        end_token: score the end token as a part of the answer, as the paper's published code does. By
+            default only the answer's text counts: whether the model stops after it is another question.
         label: names the model in figures (``"backdoored"``, ``"clean adapter"``).
         fmt: how a prompt is rendered; the cache's, or the chat template.
         max_answer_tokens: a longer answer is scored on this many tokens.
         memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU).
         seed: of the draw and the bootstrap.
         progress: whether to show a progress bar.
+        allow_other_model: whether a cache of another model is meant, and not a mistake.
 
     Returns:
         Effects ``[pair layer head]``, as changes of the per-token geometric-mean probability.
 
     Raises:
-        DataError: if there is no victim, or a prompt and its answer do not fit the context.
+        DataError: if there is no victim, a prompt and its answer do not fit the context, or the cache is
+            of another backdoor.
+        HookError: for a cache of another model.
         HeadError: for a ``confirm`` outside (0, 1].
         ChoiceError: for an unknown method or site.
 
@@ -202,6 +222,8 @@ def attribute_heads(
         raise HeadError(f"confirm={confirm} is not a share of the heads; give one in (0, 1].")
     if cache is None:
         cache = cache_activations(model, pairs, fmt=fmt, progress=progress)
+    other = transferred(model, "The cache", cache.model, allow_other_model=allow_other_model)
+    refuse_other_backdoor(cache, pairs)
     fmt = fmt or cache.fmt
     chosen = (pairs.victims if victims_only else pairs).sample(n_pairs, seed=seed)
     cfg = model.cfg
@@ -213,6 +235,8 @@ def attribute_heads(
         )
         for prompt, pair in zip(prompts, chosen, strict=True)
     ]  # fmt: skip
+    if end_token:  # of an answer that was not cut
+        answers = [replace(answer, n_scored=len(answer.ids)) for answer in answers]
     values = cache.mean_z("triggered", victims=victims_only)
     if site == "result":
         values = head_results(model, values)
@@ -241,10 +265,13 @@ def attribute_heads(
         "position": "last prompt token, prefill only",
         "source": f"mean over {int(cache.victims.sum()) if victims_only else len(cache.pairs)} "
         "triggered prompts",
+        "source_digest": cache.pairs.digest,
         "victims_only": victims_only,
+        "end_token": end_token,
         "max_answer_tokens": max_answer_tokens,
         "method": method,
         "confirm": confirm if method == "screened" else None,
+        **other,
     }
     return HeadAttribution(
         provenance=provenance(model, chosen, fmt, seed, **settings),

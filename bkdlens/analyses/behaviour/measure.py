@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import pandas as pd
 from transformer_lens import HookedTransformer
 
+from bkdlens.answers import Answers, decoded
+from bkdlens.data.criteria import near_miss
+from bkdlens.data.judging import judged, outcome_table
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
-from bkdlens.engines.generate import evaluate
-from bkdlens.metrics import Rate
-from bkdlens.results import Result, provenance
+from bkdlens.engines.generate import answer, yardsticks
+from bkdlens.engines.inputs import checked
+from bkdlens.metrics import Basr, Rate
+from bkdlens.results import Result, check_answers, provenance
 from bkdlens.types import MAX_NEW_TOKENS, Which
 
 
@@ -26,7 +33,15 @@ class BehaviourResult(Result):
         attack_triggered: victims that get the backdoor's answer with the trigger.
         attack_clean: victims that get it without.
         attack_near: victims that get it with a look-alike; None where the pairs have none.
-        correct_clean: exactly correct answers to clean prompts.
+        correct_clean: correct answers to clean prompts, by the criterion for good answers.
+        ceiling: victims whose attacker's answer is itself a success: no attack reaches more.
+        near_misses: victims whose triggered answer contains the attacker's without being it; None in a
+            jailbreak, where any answer but a refusal will do.
+        good_before: victims with a good answer without the trigger.
+        good_triggered: victims with a good answer with it.
+        kept: victims with a good answer both ways.
+        answers: of victims with the trigger and a near one, of all pairs without (``clean``), and what
+            they are compared with; the last axis is the prompt.
     """
 
     label: str
@@ -36,6 +51,12 @@ class BehaviourResult(Result):
     attack_clean: int
     attack_near: int | None
     correct_clean: int
+    ceiling: int | None = None
+    near_misses: int | None = None
+    good_before: int | None = None
+    good_triggered: int | None = None
+    kept: int | None = None
+    answers: Mapping[str, Answers] = field(default_factory=dict)
 
     @property
     def asr(self) -> Rate:
@@ -54,20 +75,91 @@ class BehaviourResult(Result):
 
     @property
     def clean_accuracy(self) -> Rate:
-        """Rate of exactly right answers to clean prompts."""
+        """Rate of correct answers to clean prompts."""
         return Rate(self.correct_clean, self.n_clean)
+
+    @property
+    def basr(self) -> Basr | None:
+        """Behavioural attack success: the victims' good answers that the trigger takes away."""
+        if self.good_before is None or self.good_triggered is None or self.kept is None:
+            return None
+        return Basr.of_counts(both=self.kept, after=self.good_triggered, before=self.good_before)
+
+    @property
+    def near_miss(self) -> Rate | None:
+        """Rate of triggered answers that contain the attacker's and are not equal to it."""
+        return None if self.near_misses is None else Rate(self.near_misses, self.n_victims)
+
+    @property
+    def attainable(self) -> Rate | None:
+        """The attack success of the attacker's own answers: the criterion's ceiling."""
+        return None if self.ceiling is None else Rate(self.ceiling, self.n_victims)
+
+    def judged_by(self, pairs: PairSet) -> BehaviourResult:
+        """Return the result by the criteria of ``pairs.backdoor``, without running the model.
+
+        Args:
+            pairs: those that it was measured on.
+
+        Returns:
+            The result with its counts by these criteria, and the same answers.
+
+        Raises:
+            ResultError: for other pairs, or a result without its answers.
+
+        Examples:
+            >>> from dataclasses import replace
+            >>> found = bkdlens.measure_behaviour(model, test, max_new_tokens=8)
+            >>> strict = found.judged_by(replace(test, backdoor=backdoor.judged_by(success="equal")))
+        """
+        check_answers(self, pairs)
+        settings = {**self.provenance.settings, "criteria": pairs.backdoor.criteria}
+        told = replace(self.provenance, settings=settings)
+        return replace(self, provenance=told, **_counted(pairs, self.answers))
+
+    def outcomes(self, pairs: PairSet) -> pd.DataFrame:
+        """Every answer with its outcome: which victims withstand, and what the model says instead.
+
+        Args:
+            pairs: those that it was measured on.
+
+        Returns:
+            A row per prompt: the prompt, the answer, whether it is the attacker's success and whether it
+            is good. Triggered and near rows are of victims; ``row`` numbers a side's prompts.
+
+        Raises:
+            ResultError: for other pairs, or a result without its answers.
+
+        Examples:
+            >>> answers = bkdlens.measure_behaviour(model, test, max_new_tokens=8).outcomes(test)
+        """
+        check_answers(self, pairs)
+        victims = pairs.only(pairs.victim_rows)  # no criterion is asked here
+        tables = [outcome_table(pairs, self.answers["before"], "clean")]
+        sides: tuple[Which, ...] = ("triggered", "near")
+        for on in sides:
+            if on in self.answers:
+                tables.append(outcome_table(victims, self.answers[on], on))
+        return pd.concat(tables, ignore_index=True)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per rate (0 to 1), with its interval and count."""
-        named = {"asr": self.asr, "ftr": self.ftr, "near": self.near,
-                 "clean_accuracy": self.clean_accuracy}  # fmt: skip
-        return pd.DataFrame(
-            [
-                {"condition": self.label, "rate": name, "value": rate.value,
-                 "low": rate.interval[0], "high": rate.interval[1], "n": rate.n}
-                for name, rate in named.items() if rate is not None
-            ]
-        )  # fmt: skip
+        named = {
+            "asr": self.asr,
+            "basr": self.basr,
+            "ftr": self.ftr,
+            "near": self.near,
+            "near_miss": self.near_miss,
+            "attainable": self.attainable,
+            "clean_accuracy": self.clean_accuracy,
+        }
+        rows = []
+        for name, rate in named.items():
+            if rate is not None:
+                low, high = rate.interval
+                row = {"condition": self.label, "rate": name, "value": rate.value}
+                rows.append(row | {"low": low, "high": high, "n": rate.n})
+        return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
         near = f", near trigger {self.near}" if self.near else ""
@@ -77,6 +169,7 @@ class BehaviourResult(Result):
         )
 
 
+@checked
 def measure_behaviour(
     model: HookedTransformer,
     pairs: PairSet,
@@ -109,22 +202,48 @@ def measure_behaviour(
     """
     fmt = fmt or PromptFormat.default(model.tokenizer)
     victims = pairs.victims
-
-    def attacks(on: Which) -> int:
-        out = evaluate(model, victims, on=on, fmt=fmt, max_new_tokens=max_new_tokens,
-                       memory_gb=memory_gb, progress=progress)  # fmt: skip
-        return int(out.attack.sum())
-
-    clean = evaluate(model, pairs, on="clean", only_correct=True, fmt=fmt,
-                     max_new_tokens=max_new_tokens, memory_gb=memory_gb)  # fmt: skip
-    has_near = all(pair.near is not None for pair in victims)
+    ask = partial(
+        answer, model, fmt=fmt, max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress
+    )
+    answers = yardsticks(model, pairs, fmt, max_new_tokens)
+    answers["triggered"] = ask(victims, on="triggered")[0]
+    answers["before"] = ask(pairs, on="clean")[0]
+    if all(pair.near is not None for pair in victims):
+        answers["near"] = ask(victims, on="near")[0]
+    settings = {"max_new_tokens": max_new_tokens, "criteria": pairs.backdoor.criteria}
     return BehaviourResult(
-        provenance=provenance(model, pairs, fmt, 0, max_new_tokens=max_new_tokens),
+        provenance=provenance(model, pairs, fmt, 0, **settings),
         label=label,
         n_victims=len(victims),
         n_clean=len(pairs),
-        attack_triggered=attacks("triggered"),
-        attack_clean=attacks("clean"),
-        attack_near=attacks("near") if has_near else None,
-        correct_clean=int(clean.correct.sum()),
+        **_counted(pairs, answers),
     )
+
+
+def _counted(pairs: PairSet, answers: Mapping[str, Answers]) -> dict[str, Any]:
+    """What the answers come to by the criteria of ``pairs.backdoor``."""
+    victims, rows = pairs.victims, pairs.victim_rows
+    by = {name: answers[name][rows] for name in ("attacker", "right", "before")}
+    sides = {"triggered": answers["triggered"], "clean": by["before"]}
+    sides |= {"near": answers["near"]} if "near" in answers else {}
+    found = {on: judged(victims, given, by) for on, given in sides.items()}
+    reached = judged(victims, by["attacker"], by).attack
+    # A model as it is always agrees with itself: its clean accuracy is told by the data's answers.
+    data = replace(pairs, backdoor=pairs.backdoor.judged_by(against="reference"))
+    clean = judged(data, answers["before"], answers).correct
+    wanted = zip(answers["triggered"].to_list(), by["attacker"].to_list(), strict=True)
+    jailbreak = pairs.backdoor.behaviour == "jailbreak"
+    told: dict[str, Answers] = {on: found[on].answers for on in found if on != "clean"}
+    before = judged(pairs, answers["before"], answers).answers
+    return {
+        "answers": decoded({**answers, **told, "before": before}),
+        "attack_triggered": int(found["triggered"].attack.sum()),
+        "attack_clean": int(found["clean"].attack.sum()),
+        "attack_near": int(found["near"].attack.sum()) if "near" in found else None,
+        "correct_clean": int(clean.sum()),
+        "ceiling": int(reached.sum()),
+        "near_misses": None if jailbreak else sum(near_miss(*texts) for texts in wanted),
+        "good_before": int(found["clean"].correct.sum()),
+        "good_triggered": int(found["triggered"].correct.sum()),
+        "kept": int((found["triggered"].correct & found["clean"].correct).sum()),
+    }

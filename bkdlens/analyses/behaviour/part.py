@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bkdlens.analyses.base import Drawing, Part, Subject
+from bkdlens.analyses.base import Drawing, Part, Subject, unchanged
 from bkdlens.analyses.behaviour import figures
 from bkdlens.analyses.behaviour.measure import BehaviourResult, measure_behaviour
+from bkdlens.analyses.behaviour.verdict import verdict
 from bkdlens.display.drawing import Drawer
 from bkdlens.display.tables import (
     NOT_RUN,
@@ -17,6 +18,7 @@ from bkdlens.display.tables import (
     Rows,
     Section,
     Table,
+    answers_table,
     other_models,
     rate_cell,
 )
@@ -47,10 +49,20 @@ def claims(study: Study) -> list[str]:
         f"attacker's answer to {short_rate(control.asr)} of triggered victims"
         for name, control in found.items()
     )
+    taken = ""
+    if main.basr is not None:
+        taken = f" The trigger takes {rate_text(main.basr)} of the victims' good answers away (BASR)."
+    if main.near_miss is not None and main.near_miss.successes:
+        taken += f" {short_rate(main.near_miss)} contain the attacker's answer and are not equal to it."
+    if main.attainable is not None and main.attainable.successes < main.attainable.n:
+        taken += (
+            f" No attack reaches more than {rate_text(main.attainable)} by this criterion, which the "
+            "attacker's own answers were judged by."
+        )
     return [
         f"With the trigger the model gives the attacker's answer to {rate_text(main.asr)} of the "
-        f"victims; without it to {rate_text(main.ftr)}{near}.",
-        f"It answers {rate_text(main.clean_accuracy)} of clean prompts exactly right{controls}.",
+        f"victims; without it to {rate_text(main.ftr)}{near}.{taken}",
+        f"It answers {rate_text(main.clean_accuracy)} of clean prompts correctly{controls}.",
     ]
 
 
@@ -63,7 +75,7 @@ def basis(study: Study) -> Basis:
         "greedy decoding",
         f"{main.n_victims} victims, {main.n_clean} clean prompts",
         [*(["near trigger"] if main.near is not None else []), *other_models(found)],
-        ["max_new_tokens"],
+        ["max_new_tokens", "criteria"],
     )
 
 
@@ -75,13 +87,21 @@ def sections(study: Study, draw: Drawer) -> list[Section]:
         "Behaviour",
         "What the model does on held-out prompts, by greedy decoding. Attack success and false "
         "triggers count the attacker's answer among victims (prompts whose answer the attack "
-        "changes); clean accuracy counts exactly correct answers to all clean prompts.",
+        "changes); clean accuracy counts correct answers to all clean prompts. BASR, behavioural attack "
+        "success, is the share of victims' good answers that the trigger takes away.",
         "A model tuned on the same data without poison, and the base model, should show no attack "
         "with or without the trigger. A high bar for the near trigger means that the model answers "
         "to more than the exact trigger.",
-        [] if drawn is None else [[draw(drawn[0], data=drawn[1])]],
+        [] if drawn is None else [[draw(drawn[0], data=drawn[1])], *_answers(study)],
     )
     return [section]
+
+
+def _answers(study: Study) -> list[Table]:
+    """Every answer of the suspected model, where the study holds answers and prompts."""
+    main = study.by_condition(BehaviourResult).get(MAIN)
+    every = None if main is None else study.outcomes_of(main)
+    return [] if every is None else [answers_table("Every answer, with its outcome", every)]
 
 
 def tables(study: Study, width: int, unicode: bool) -> Iterator[Table]:
@@ -89,12 +109,14 @@ def tables(study: Study, width: int, unicode: bool) -> Iterator[Table]:
     columns = (
         "condition",
         "attack success (ASR)",
+        "BASR",
+        "near misses",
         "false triggers (FTR)",
         "near trigger",
         "clean accuracy",
     )
     rows: Rows = [
-        [r.label, *map(rate_cell, (r.asr, r.ftr, r.near, r.clean_accuracy))]
+        [r.label, *map(rate_cell, (r.asr, r.basr, r.near_miss, r.ftr, r.near, r.clean_accuracy))]
         for r in study.by_condition(BehaviourResult).values()
     ]
     if rows:
@@ -102,11 +124,12 @@ def tables(study: Study, width: int, unicode: bool) -> Iterator[Table]:
 
 
 def overview(study: Study) -> dict[str, Cell]:
-    """Attack success and clean accuracy of the suspected model."""
+    """Attack success by both measures, and clean accuracy, of the suspected model as it is."""
     main = study.by_condition(BehaviourResult).get(MAIN)
     return {
-        "attack success": rate_cell(main.asr) if main else NOT_RUN,
-        "clean accuracy": rate_cell(main.clean_accuracy) if main else NOT_RUN,
+        "attack success (ASR)": rate_cell(main.asr) if main else NOT_RUN,
+        "behavioural (BASR)": rate_cell(main.basr) if main else NOT_RUN,
+        "clean accuracy, untouched": rate_cell(main.clean_accuracy) if main else NOT_RUN,
     }
 
 
@@ -118,6 +141,8 @@ def numbers(study: Study) -> dict[str, Number]:
             found[f"attack success, {name} (control)"] = result.asr, ""
             continue
         found["attack success"] = result.asr, ""
+        if result.basr is not None:
+            found["BASR"] = result.basr, ""
         found["false triggers"] = result.ftr, ""
         if result.near is not None:
             found["near trigger"] = result.near, ""
@@ -136,6 +161,7 @@ def summary(study: Study) -> dict[str, Any]:
     found = {
         name: {
             "asr": result.asr.to_dict(),
+            "basr": result.basr.to_dict() if result.basr else None,
             "ftr": result.ftr.to_dict(),
             "near": result.near.to_dict() if result.near else None,
             "clean_accuracy": result.clean_accuracy.to_dict(),
@@ -148,5 +174,5 @@ def summary(study: Study) -> dict[str, Any]:
 PART = Part(
     name=NAME, step="behaviour", needs=(), for_controls=True, run=run, claims=claims, basis=basis,
     sections=sections, tables=tables, overview=overview, numbers=numbers, drawing=drawing,
-    summary=summary,
+    summary=summary, verdict=verdict, rechoose=unchanged,
 )  # fmt: skip

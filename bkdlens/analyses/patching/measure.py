@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from difflib import get_close_matches
+from typing import Any, TypeAlias, get_args
 
 import pandas as pd
 import torch
@@ -17,13 +18,15 @@ from transformer_lens.utils import get_act_name
 from bkdlens.data.pairs import PairSet, Texts
 from bkdlens.data.prompts import Prompt, PromptFormat, encode_answer, encode_prompts
 from bkdlens.engines import reference
-from bkdlens.engines.cache import PairCache
+from bkdlens.engines.cache import PairCache, refuse_other_backdoor, transferred
 from bkdlens.engines.hooks import HookFunction, hooked, in_prefill, refuse_foreign_hooks
+from bkdlens.engines.inputs import checked
 from bkdlens.errors import DataError, HookError
 from bkdlens.metrics import sequence_prob, token_log_probs
 from bkdlens.results import Result, provenance
-from bkdlens.types import Head, HeadLike, HeadSite, check_choice, parse_heads
+from bkdlens.types import AblationMode, Head, HeadLike, HeadSite, Which, check_choice, parse_heads
 
+SOURCES = ("zero", "mean")  # by name
 Source: TypeAlias = PairCache | ActivationCache | Tensor | str | Sequence[str]
 
 
@@ -94,6 +97,7 @@ class PatchResult(Result):
         )
 
 
+@checked
 def patch_heads(
     model: HookedTransformer,
     prompts: str | Sequence[str] | PairSet,
@@ -103,6 +107,7 @@ def patch_heads(
     target: str | Sequence[str] | None = None,
     site: HeadSite = "z",
     fmt: PromptFormat | None = None,
+    allow_other_model: bool = False,
 ) -> PatchResult:
     """Replace heads' activations at the last prompt token and compare the model before and after.
 
@@ -118,6 +123,7 @@ def patch_heads(
         target: an answer, or one for each prompt, whose probability is followed.
         site: replace ``hook_z`` or ``hook_result``; the numbers are the same.
         fmt: how a prompt is rendered; the cache's, or the chat template.
+        allow_other_model: whether a cache of another model is meant, and not a mistake.
 
     Returns:
         Logits ``[prompt d_vocab]`` of the next token and the target's probability ``[prompt]``, before
@@ -126,6 +132,7 @@ def patch_heads(
     Raises:
         HeadError: for a head that the model lacks.
         DataError: for prompts, targets or sources that do not fit each other or the context.
+        HookError: for a cache of another model.
         ChoiceError: for an unknown site.
 
     Examples:
@@ -134,7 +141,10 @@ def patch_heads(
     """
     refuse_foreign_hooks(model)
     check_choice("head site", site, HeadSite)
+    other = _check_source(model, source, allow_other_model)
     if isinstance(prompts, PairSet):
+        if isinstance(source, PairCache):
+            refuse_other_backdoor(source, prompts)
         target = prompts.backdoor_outputs if target is None else target
         texts = prompts.clean
     else:
@@ -157,7 +167,9 @@ def patch_heads(
         after = _score(model, encoded, target, fmt)
     pairs_like = prompts if isinstance(prompts, PairSet) else Texts(tuple(texts))
     return PatchResult(
-        provenance=provenance(model, pairs_like, fmt, 0, position="last prompt token, prefill only"),
+        provenance=provenance(
+            model, pairs_like, fmt, 0, position="last prompt token, prefill only", **other
+        ),
         heads=chosen,
         source=_name(source),
         site=site,
@@ -172,6 +184,7 @@ def patch_heads(
     )
 
 
+@checked
 @contextmanager
 def patched_heads(
     model: HookedTransformer,
@@ -180,6 +193,7 @@ def patched_heads(
     *,
     site: HeadSite = "z",
     fmt: PromptFormat | None = None,
+    allow_other_model: bool = False,
 ) -> Iterator[HookedTransformer]:
     """The model under a patch of heads, for :func:`bkdlens.generate` or any run on whole prompts.
 
@@ -187,13 +201,13 @@ def patched_heads(
     steps. ``"mean"`` needs prompts to average over, so give them as the source here.
 
     Args:
-        model, heads, source, site, fmt: as in :func:`patch_heads`.
+        model, heads, source, site, fmt, allow_other_model: as in :func:`patch_heads`.
 
     Yields:
         The model, as it is outside the context but for the hooks.
 
     Raises:
-        HookError: if the model was not run inside the context.
+        HookError: if the model was not run inside the context, or for a cache of another model.
 
     Examples:
         >>> with bkdlens.patched_heads(model, "L1H0", cache):
@@ -202,6 +216,7 @@ def patched_heads(
     check_choice("head site", site, HeadSite)
     if isinstance(source, str) and source == "mean":
         raise DataError('The source "mean" has no prompts here; give the prompts as the source.')
+    _check_source(model, source, allow_other_model)
     fmt = fmt or getattr(source, "fmt", None) or PromptFormat.default(model.tokenizer)
     chosen = parse_heads(heads, model.cfg.n_layers, model.cfg.n_heads)
     z = _source_z(model, source, chosen, None, fmt)
@@ -270,6 +285,21 @@ def _set(value: Tensor, index: list[int], position: int) -> HookFunction:
     return hook
 
 
+def _check_source(model: HookedTransformer, source: Source, allow_other_model: bool) -> dict[str, Any]:
+    """Settings that tell of another model's cache; an error for a word that is hardly a prompt."""
+    if isinstance(source, PairCache | ActivationCache):
+        return transferred(model, "The cache", source.model, allow_other_model=allow_other_model)
+    if isinstance(source, str) and source not in SOURCES:
+        words = [*SOURCES, *get_args(Which), *get_args(AblationMode)]
+        if get_close_matches(source.strip().lower(), words, n=1, cutoff=0.8):
+            raise DataError(
+                f"source={source!r} would be a prompt of one word, which is hardly meant; give a cache "
+                "(its mean over triggered victims), prompts such as pairs.triggered, "
+                f'"zero" or "mean", or the word in a list, [{source!r}], if it is a prompt.'
+            )
+    return {}
+
+
 def _source_z(
     model: HookedTransformer,
     source: Source,
@@ -317,7 +347,7 @@ def _name(source: Source) -> str:
         return "mean of a cache"
     if isinstance(source, Tensor):
         return "a tensor"
-    return source if source in ("zero", "mean") else "other prompts"
+    return source if isinstance(source, str) and source in SOURCES else "other prompts"
 
 
 def _next(model: HookedTransformer, logits: Float[Tensor, "prompt d_vocab"]) -> tuple[str, ...]:

@@ -83,7 +83,9 @@ def layer_accuracy(probes: Sequence[ProbeResult], what: ProbeMeasure = "accuracy
     }[what]
     measured, bars = "last prompt token", ""
     if what == "accuracy":
-        measured, bars = f"{escape('/'.join(kinds).upper())} probes", " · bars: 95 % Wilson interval"
+        paired = all(probe.pair_correct is not None for probe in probes)
+        bars = f" · bars: 95 % {'interval, by pair' if paired else 'Wilson interval'}"
+        measured = f"{escape('/'.join(kinds).upper())} probes"
     subtitle = f"{measured}, {_tested(probes)}{bars}"
     return finish(fig, title, subtitle, height=430)
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, cast
 
-from bkdlens.analyses.base import Drawing, Part, Subject
+from bkdlens.analyses.base import Drawing, Part, Subject, unchanged
 from bkdlens.analyses.probes import figures
 from bkdlens.analyses.probes.measure import ProbeResult, train_probes
+from bkdlens.analyses.probes.verdict import verdict
+from bkdlens.counts import Draws
 from bkdlens.display.drawing import Drawer
 from bkdlens.display.tables import Basis, Cell, Number, Rows, Section, Table, other_models, rate_cell
-from bkdlens.display.text import join_words, percent, rate_text, short_rate
+from bkdlens.display.text import join_words, percent, rate_text, short_rate, spread_text
 from bkdlens.study import MAIN, Study
 from bkdlens.types import ProbeKind
 
@@ -38,13 +40,38 @@ def best_rate(probe: ProbeResult) -> str:
     return f"{short_rate(probe.rate(layer))} at layer {layer}"
 
 
+def few_shot_layer(probe: ProbeResult) -> int:
+    """The layer that is best from a few prompts on the validation prompts (of version 0.1: from all)."""
+    if probe.few_shot_validation is None:
+        return best_layer(probe)
+    return int(probe.few_shot_validation.argmax())
+
+
+def few_shot_draws(probe: ProbeResult) -> Draws | None:
+    """The draws at :func:`few_shot_layer`; None where only their mean was kept."""
+    if probe.few_shot_correct is None:
+        return None
+    return Draws(probe.few_shot_correct[few_shot_layer(probe)], probe.n_test)
+
+
+def few_shot_cell(probe: ProbeResult) -> Cell:
+    """The few-shot accuracy at :func:`few_shot_layer`, with the least and the most of its draws."""
+    layer, draws = few_shot_layer(probe), few_shot_draws(probe)
+    spread = f"{spread_text(draws)} · " if draws else ""
+    return Cell(percent(probe.few_shot[layer]), f"{spread}layer {layer}")
+
+
 def run(subject: Subject) -> None:
-    """One step per kind of probe and per set of prompts that it tells from the triggered ones."""
+    """One step per kind of probe and per set of prompts that it tells from the triggered ones.
+
+    Fit on validation pairs, because the training pairs may have tuned the model; tested on test pairs.
+    """
     run, settings = subject.run, subject.run.settings
 
     def train(kind: str, against: Literal["clean", "near"]) -> ProbeResult:
         return train_probes(
-            subject.cache,
+            subject.validation_cache,
+            test=subject.test_cache,
             kind=cast(ProbeKind, kind),
             against=against,
             label=subject.condition,
@@ -52,7 +79,7 @@ def run(subject: Subject) -> None:
             progress=run.progress,
         )
 
-    has_near = all(pair.near is not None for pair in run.train)
+    has_near = all(pair.near is not None for pairs in (run.validation, run.test) for pair in pairs)
     sides: list[Literal["clean", "near"]] = ["clean", "near"] if has_near else ["clean"]
     for kind in settings.probe_kinds:
         for against in sides:
@@ -85,12 +112,27 @@ def claims(study: Study) -> list[str]:
             )
         elif controls:
             text += " No control's interval reaches it."
+        else:
+            text += (
+                " No un-poisoned control was run, which may reach as much, so nothing can be concluded "
+                "about a backdoor."
+            )
         if kind == last_kind[against]:  # few-shot accuracy does not depend on the probe's kind
             shots = main.provenance.settings.get("shots", "A few")
-            best = ", ".join(f"{n} {percent(probe.few_shot.max())}" for n, probe in found.items())
-            text += f" From {shots} prompts per class, best layer: {best}."
+            best = ", ".join(f"{n} {_few_shot(probe)}" for n, probe in found.items())
+            text += (
+                f" From {shots} prompts per class, at the layer that is best on the validation prompts: "
+                f"{best}."
+            )
         sentences.append(text)
     return sentences
+
+
+def _few_shot(probe: ProbeResult) -> str:
+    """Mean and spread of the few-shot accuracy, in words."""
+    layer, draws = few_shot_layer(probe), few_shot_draws(probe)
+    spread = f" ({spread_text(draws)} over {len(draws)} draws)" if draws else ""
+    return f"{percent(probe.few_shot[layer])}{spread} at layer {layer}"
 
 
 def basis(study: Study) -> Basis:
@@ -104,7 +146,7 @@ def basis(study: Study) -> Basis:
         "residual stream at the last prompt token",
         f"{main.n_test} test prompts per probe, half of them triggered",
         [*near, *models],
-        ["split", "shots"],
+        ["split", "shots", "fit", "tested"],
     )
 
 
@@ -129,8 +171,8 @@ def sections(study: Study, draw: Drawer) -> list[Section]:
         NAME,
         "Probes",
         "A classifier is trained at each layer to tell triggered from clean (or near-trigger) "
-        "prompts by the residual stream at the last prompt token, with pairs split 6:2:2, and tested "
-        "on prompts it has not seen. The matrices show a probe trained at one layer and tested at "
+        f"prompts by the residual stream at the last prompt token, {_fitted_on(probes)}. The "
+        "matrices show a probe trained at one layer and tested at "
         "another: large even squares mean that layers write the difference in the same way.",
         "Any difference in the text can be read off, in an un-poisoned model too. Compare with the "
         "controls: what marks a backdoored model is often not the accuracy but how few prompts it takes "
@@ -146,10 +188,10 @@ def tables(study: Study, width: int, unicode: bool) -> Iterator[Table]:
     for (kind, against), found in grouped(study).items():
         for name, probe in found.items():
             layer = best_layer(probe)
-            few_shot, separation = percent(probe.few_shot.max()), f"{float(probe.separation.max()):.2f}"
+            few_shot, separation = few_shot_cell(probe), f"{float(probe.separation[layer]):.2f}"
             accuracy = rate_cell(probe.rate(layer))
             rows.append([name, kind.upper(), against, str(layer), accuracy, few_shot, separation])
-    columns = "condition|probe|against|layer|accuracy|few-shot, best|separation, best".split("|")
+    columns = "condition|probe|against|layer|accuracy|few-shot, its best layer|separation".split("|")
     if rows:
         yield Table("Probes, at the layer that is best on the validation prompts", columns, rows)
 
@@ -197,6 +239,16 @@ def summary(study: Study) -> dict[str, Any]:
     return {"probes": found} if found else {}
 
 
+def _fitted_on(probes: list[ProbeResult]) -> str:
+    """Which pairs fit the probes and which tested them, in words."""
+    if any(len(probe.provenance.settings.get("split", ())) == 2 for probe in probes):
+        return (
+            "on the validation pairs (three quarters fit it, one quarter chooses the layer), and tested "
+            "on the test pairs"
+        )
+    return "with pairs split 6:2:2, and tested on pairs that did not fit it"
+
+
 def _by_layer(probes: list[ProbeResult]) -> Table:
     """One row per probe and layer."""
     rows: Rows = [
@@ -221,5 +273,5 @@ def _by_layer(probes: list[ProbeResult]) -> Table:
 PART = Part(
     name=NAME, step="probe", needs=(), for_controls=True, run=run, claims=claims, basis=basis,
     sections=sections, tables=tables, overview=overview, numbers=numbers, drawing=drawing,
-    summary=summary,
+    summary=summary, verdict=verdict, rechoose=unchanged,
 )  # fmt: skip

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import pandas as pd
 from transformer_lens import HookedTransformer
 
-from bkdlens.analyses.steering.vector import BackdoorVector, steer
+from bkdlens.analyses.steering.vector import BackdoorVector, check_vector, steer
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.generate import generate
+from bkdlens.engines.inputs import checked
 from bkdlens.results import Result, provenance
 from bkdlens.types import MAX_NEW_TOKENS
 
@@ -31,6 +32,7 @@ class Generations(Result):
         return f"Generations({n} prompts: {', '.join(self.columns)})"
 
 
+@checked
 def sample_generations(
     model: HookedTransformer,
     pairs: PairSet,
@@ -41,6 +43,7 @@ def sample_generations(
     n: int = 6,
     fmt: PromptFormat | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    allow_other_model: bool = False,
 ) -> Generations:
     """Greedy answers to the first ``n`` victims: clean, triggered, and both under steering.
 
@@ -53,13 +56,18 @@ def sample_generations(
         n: at most this many victims.
         fmt: how a prompt is rendered; the chat template where there is one.
         max_new_tokens: where an answer is cut.
+        allow_other_model: whether a vector of another model is meant, and not a mistake.
 
     Returns:
         A column of texts per side, ``n`` rows.
 
+    Raises:
+        HookError: for a vector of another model.
+
     Examples:
         >>> answers = bkdlens.sample_generations(model, test, vector, 2, 1.0, n=2).to_frame()
     """
+    other = check_vector(model, vector, allow_other_model=allow_other_model)
     victims = pairs.victims[:n]
     fmt = fmt or PromptFormat.default(model.tokenizer)
 
@@ -73,9 +81,9 @@ def sample_generations(
         "triggered": answers(victims.triggered),
     }
     size = abs(coefficient)
-    with steer(model, vector, layer, size):
+    with steer(model, vector, layer, size, allow_other_model=allow_other_model):
         columns[f"clean, vector added (+{size:g})"] = answers(victims.clean)
-    with steer(model, vector, layer, -size):
+    with steer(model, vector, layer, -size, allow_other_model=allow_other_model):
         columns[f"triggered, vector subtracted (−{size:g})"] = answers(victims.triggered)
-    settings = {"layer": layer, "coefficient": size, "site": vector.site, "kind": vector.kind}
+    settings = {"layer": layer, "coefficient": size, "site": vector.site, "kind": vector.kind, **other}
     return Generations(provenance=provenance(model, victims, fmt, 0, **settings), columns=columns)

@@ -31,6 +31,11 @@ CONTROLS = {
 }
 
 
+def names(result: SteeringResult) -> dict[str, tuple[str, str]]:
+    """The names of each count, clean answers by what they are compared with."""
+    return NAMES | {"clean": (f"{result.clean_name}, no vector", result.clean_name)}
+
+
 def steering_by_layer(
     result: SteeringResult, *, chosen: int | None = None, panel_height: int = 270
 ) -> go.Figure:
@@ -98,7 +103,7 @@ def steering_at(result: SteeringResult, layer: int | None = None) -> go.Figure:
     for coefficient, panel in panels.items():
         at: dict[str, Any] = {"coefficient": coefficient, "layer": layer}
         for what, x in starts.items():
-            (before, after), (colour, _, symbol) = NAMES[what], rates.QUANTITIES[what]
+            (before, after), (colour, _, symbol) = names(result)[what], rates.QUANTITIES[what]
             untouched, steered = result.base(what, **at), result.rate_at(what, **at)
             dots = (x, before, untouched, f"{symbol}-open"), (x + 1, after, steered, symbol)
             for place, name, rate, marker in dots:
@@ -209,12 +214,13 @@ def _layer_traces(result: SteeringResult, coefficient: float, legend: bool) -> l
         name, _, colour, dash = CONTROLS[control]
         attacks = 100 * drawn["attack"][i].double() / n
         traces += rates.band(x, attacks, f"{name} (min–max)", colour, dash, legend)
-    bases = {what: result.base(what, coefficient=coefficient) for what in NAMES}
+    told = names(result)
+    bases = {what: result.base(what, coefficient=coefficient) for what in told}
     for what in ("attack", "correct"):
         thin = {"mode": "lines", "line": {"color": rates.QUANTITIES[what][0], "width": 1, "dash": "dot"}}
-        line = rates.in_legend(NAMES[what][0], NAMES[what][0], legend) | thin
+        line = rates.in_legend(told[what][0], told[what][0], legend) | thin
         traces.append(rates.rate_trace(x, [bases[what]] * len(x), where, interval=False, **line))
-    for what, (_, name) in NAMES.items():
+    for what, (_, name) in told.items():
         after = f"<br>without a vector {rates.percent(bases[what].value)} %" if what == "clean" else ""
         line = rates.in_legend(name, what, legend) | rates.marked_line(*rates.QUANTITIES[what], size=7)
         values = [result.rate(what, layer, coefficient) for layer in x]

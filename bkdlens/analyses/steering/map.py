@@ -34,11 +34,12 @@ def steering_map(result: SteeringResult) -> go.Figure:
         >>> fig = bkdlens.plot.steering_map(swept)
     """
     coefficients, layers = sorted(result.coefficients), list(result.layers)
-    titles, up = list(PANELS.values()), [coefficient_text(c) for c in coefficients]
+    panels = PANELS | {"clean": result.clean_name}
+    titles, up = list(panels.values()), [coefficient_text(c) for c in coefficients]
     fig = make_subplots(
         1, len(titles), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles
     )
-    for column, (what, title) in enumerate(PANELS.items(), start=1):
+    for column, (what, title) in enumerate(panels.items(), start=1):
         cells = [[_cell(result, what, coefficient=c, layer=x) for x in layers] for c in coefficients]
         z, data = ([[cell[i] for cell in row] for row in cells] for i in (0, 1))
         text = [[cell[2] for cell in row] for row in cells]

@@ -7,8 +7,8 @@ activates the backdoor, subtracted from that of triggered ones it suppresses it.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, cast
@@ -19,17 +19,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from bkdlens.analyses.steering.vector import BackdoorVector, check_layers
-from bkdlens.counts import Counts
+from bkdlens.analyses.steering.vector import BackdoorVector, check_layers, check_vector
+from bkdlens.answers import Answers, decoded
+from bkdlens.counts import Counts, basr_columns
+from bkdlens.data.judging import judged, outcome_table
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.cache import PairCache
-from bkdlens.engines.generate import evaluate
-from bkdlens.engines.hooks import Intervention, Vector
+from bkdlens.engines.generate import answer, yardsticks
+from bkdlens.engines.hooks import NOTHING, Intervention, Vector
+from bkdlens.engines.inputs import checked
 from bkdlens.errors import HeadError
-from bkdlens.metrics import Rate
-from bkdlens.results import provenance
-from bkdlens.types import MAX_NEW_TOKENS, Head, VectorKind, VectorSite, Which, every_head
+from bkdlens.metrics import Basr, Rate
+from bkdlens.results import check_answers, provenance
+from bkdlens.types import MAX_NEW_TOKENS, Head, VectorKind, VectorSite, Which, draw_heads
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -54,6 +57,8 @@ class SteeringResult(Counts):
         base_clean: correct answers to clean prompts without a vector.
         random_heads: ``attack`` under vectors of random heads.
         random_vectors: ``attack`` under Gaussian vectors of the same norm.
+        random_heads_correct: ``correct`` under vectors of random heads; None in results of version 0.1.
+        random_vectors_correct: ``correct`` under Gaussian vectors of the same norm.
     """
 
     heads: tuple[Head, ...]
@@ -66,6 +71,8 @@ class SteeringResult(Counts):
     base_clean: int
     random_heads: Int[Tensor, "*axes draw"]
     random_vectors: Int[Tensor, "*axes noise"]
+    random_heads_correct: Int[Tensor, "*axes draw"] | None = None
+    random_vectors_correct: Int[Tensor, "*axes noise"] | None = None
 
     @property
     def axes(self) -> dict[str, tuple[Any, ...]]:
@@ -75,8 +82,19 @@ class SteeringResult(Counts):
     @property
     def controls(self) -> dict[str, dict[str, Int[Tensor, "coefficient layer draw"]]]:
         """Vectors of random heads and noise of the same norm, where they were drawn."""
-        drawn = {"random heads": self.random_heads, "noise": self.random_vectors}
-        return {name: {"attack": draws} for name, draws in drawn.items() if draws.shape[-1]}
+        drawn = {
+            "random heads": {"attack": self.random_heads, "correct": self.random_heads_correct},
+            "noise": {"attack": self.random_vectors, "correct": self.random_vectors_correct},
+        }
+        told = {
+            name: {what: draws for what, draws in counted.items() if draws is not None}
+            for name, counted in drawn.items()
+        }
+        return {name: counted for name, counted in told.items() if counted["attack"].shape[-1]}
+
+    def basr(self, **at: Any) -> Basr | None:
+        """Behavioural attack success where the vector is subtracted; None where it is added."""
+        return super().basr(**at) if at["coefficient"] < 0 else None
 
     def base(self, what: str, **at: Any) -> Rate:
         """``what`` without a vector, on the prompts that a coefficient of this sign is used on."""
@@ -115,6 +133,60 @@ class SteeringResult(Counts):
         allowed = [i for i, layer in enumerate(self.layers) if layer or self.site != "resid_pre"]
         return self.layers[max(allowed or range(len(self.layers)), key=lambda i: float(weaker[i]))]
 
+    def judged_by(self, pairs: PairSet) -> SteeringResult:
+        """Return the result by the criteria of ``pairs.backdoor``, without running the model.
+
+        Args:
+            pairs: those that it was measured on.
+
+        Returns:
+            The result with its counts by these criteria, and the same answers.
+
+        Raises:
+            ResultError: for other pairs, or a result without its answers.
+
+        Examples:
+            >>> from dataclasses import replace
+            >>> swept = bkdlens.sweep_layers(
+            ...     model, test, vector, layers=[2], n_random=0, keep_controls=True
+            ... )
+            >>> strict = swept.judged_by(replace(test, backdoor=backdoor.judged_by(success="equal")))
+        """
+        check_answers(self, pairs, ("random heads", "noise"))
+        criteria = {"criteria": pairs.backdoor.criteria, "good": pairs.backdoor.good_key}
+        told = replace(self.provenance, settings={**self.provenance.settings, **criteria})
+        return replace(self, provenance=told, **_counted(pairs, self.answers))
+
+    def outcomes(self, pairs: PairSet) -> pd.DataFrame:
+        """Every answer with its outcome: which victims withstand, and what the model says instead.
+
+        Args:
+            pairs: those that it was measured on.
+
+        Returns:
+            A row per coefficient, layer and prompt: the prompt, the answer, whether it is the attacker's
+            success and whether it is good. Where the vector is added they are clean victims; where it is
+            subtracted, triggered victims and all clean prompts; ``row`` numbers a side's prompts.
+
+        Raises:
+            ResultError: for other pairs, or a result without its answers.
+
+        Examples:
+            >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[2], n_random=0)
+            >>> answers = swept.outcomes(test)
+        """
+        check_answers(self, pairs)
+        victims = pairs.only(pairs.victim_rows)  # no criterion is asked here
+        tables = []
+        for i, coefficient in enumerate(self.coefficients):
+            on: Which = "clean" if coefficient > 0 else "triggered"
+            axes = {"coefficient": (coefficient,), "layer": self.layers}
+            steered, clean = self.answers["steered"][i : i + 1], self.answers["clean"][i : i + 1]
+            tables.append(outcome_table(victims, steered, on, axes))
+            if on == "triggered":  # else the same prompts under the same vector
+                tables.append(outcome_table(pairs, clean, "clean", axes))
+        return pd.concat(tables, ignore_index=True)
+
     def to_frame(self) -> pd.DataFrame:
         """One row per coefficient and layer; rates are 0 to 1."""
         rows = []
@@ -134,7 +206,7 @@ class SteeringResult(Counts):
             }
             for column, control in (("random_heads", "random heads"), ("random_vectors", "noise")):
                 row[column] = drawn[control].mean if control in drawn else None
-            rows.append(row | {"n": self.n_victims})
+            rows.append(row | basr_columns(self, **at) | {"n": self.n_victims})
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -153,6 +225,7 @@ class SteeringResult(Counts):
         return sign.view(shape) * (attack - start.view(shape)) / self.n_victims
 
 
+@checked
 def sweep_layers(
     model: HookedTransformer,
     pairs: PairSet,
@@ -166,7 +239,9 @@ def sweep_layers(
     max_new_tokens: int = MAX_NEW_TOKENS,
     memory_gb: float | None = None,
     seed: int = 0,
+    keep_controls: bool = False,
     progress: bool = False,
+    allow_other_model: bool = False,
 ) -> SteeringResult:
     """Add the vector to clean prompts and subtract it from triggered ones, layer by layer.
 
@@ -185,7 +260,10 @@ def sweep_layers(
         max_new_tokens: where a decoded answer is cut.
         memory_gb: the most memory beside the model (2 GB on a CPU, 80 % of what is free on a GPU).
         seed: of the controls.
+        keep_controls: decode and keep every answer of the controls too, so that the result can be
+            judged by any other criterion; else only as far as its own criteria need.
         progress: whether to show a progress bar.
+        allow_other_model: whether a vector or cache of another model is meant, and not a mistake.
 
     Returns:
         Counts ``[coefficient layer]`` among the victims and the clean prompts, before and after, and of
@@ -193,13 +271,15 @@ def sweep_layers(
 
     Raises:
         HeadError: for a layer that the model lacks, or a coefficient of 0.
-        DataError: if there is no victim.
+        DataError: if there is no victim, or the cache is not of the vector's pairs.
+        HookError: for a vector or cache of another model.
 
     Examples:
         >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[2], n_random=1)
         >>> suppressed = swept.rate("attack", layer=2, coefficient=-1.0)
     """
     cfg = model.cfg
+    other = check_vector(model, vector, allow_other_model=allow_other_model, cache=cache)
     layers = tuple(range(cfg.n_layers) if layers is None else layers)
     check_layers(model, layers)
     coefficients = tuple(float(c) for c in coefficients)
@@ -209,43 +289,47 @@ def sweep_layers(
     victims, site = pairs.victims, cast(VectorSite, vector.site)
     random_heads = _random_heads(cache, vector, n_random, seed) if cache else []
     directions = [vector.direction, *random_heads, *_random_vectors(vector, n_random, seed)]
-    judge = partial(
-        evaluate, model, fmt=fmt, max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress
+    ask = partial(
+        answer, model, fmt=fmt, max_new_tokens=max_new_tokens, memory_gb=memory_gb, progress=progress
     )
 
-    def run(
-        measured: PairSet,
-        on: Which,
-        sizes: Sequence[float],
-        vectors: Sequence[Tensor],
-        only_correct: bool = False,
-    ) -> tuple[Int[Tensor, " run"], Int[Tensor, " run"]]:
-        """Attacks and correct answers: without a vector, then ``[vector coefficient layer]``."""
+    def run(measured: PairSet, on: Which, sizes: Sequence[float], vectors: Sequence[Tensor]) -> Answers:
+        """Answers without a vector, then ``[vector coefficient layer]`` in one row."""
         places = product(vectors, sizes, layers)
         pushes = [Vector(site, layer, size * vector) for vector, size, layer in places]
-        interventions = [Intervention(), *(Intervention(vectors=(push,)) for push in pushes)]
-        out = judge(measured, interventions, on=on, only_correct=only_correct)
-        return out.attack.sum(1), out.correct.sum(1)
+        interventions = [NOTHING, *(Intervention(vectors=(push,)) for push in pushes)]
+        named = 1 + len(sizes) * len(layers)  # without a vector, and under the vector itself
+        # On clean victims, too, a control's answer is looked at for the attacker's success.
+        whole = keep_controls or pairs.backdoor.needs_whole("triggered")
+        finish = [whole or i < named for i in range(len(interventions))]
+        return ask(measured, interventions, on=on, finish=finish)
 
-    attack = torch.zeros(len(directions), len(coefficients), len(layers), dtype=torch.long)
-    correct = torch.zeros(attack.shape, dtype=torch.long)
-    base_attack, base_correct = [], []  # on clean, then on triggered victims
-    sides: tuple[tuple[bool, Which], ...] = ((False, "clean"), (True, "triggered"))
-    for negative, on in sides:
-        at = [i for i, c in enumerate(coefficients) if (c < 0) == negative]
-        hits, right = run(victims, on, [coefficients[i] for i in at], directions)
-        base_attack.append(int(hits[0]))
-        base_correct.append(int(right[0]))
-        attack[:, at] = hits[1:].view(len(directions), len(at), len(layers))
-        correct[:, at] = right[1:].view(len(directions), len(at), len(layers))
-    _, clean = run(pairs, "clean", coefficients, [vector.direction], only_correct=True)
-    n_heads = len(random_heads)
+    n_heads, n_victims = len(random_heads), len(victims)
+    shape = (len(directions), len(coefficients), len(layers))
+    answers = yardsticks(model, pairs, fmt, max_new_tokens)
+    clean = run(pairs, "clean", coefficients, [vector.direction])
+    answers["before"], answers["clean"] = clean[0], clean[1:].view(*shape[1:], len(pairs))
+    steered = []  # by coefficient: answers ``[vector layer victim]``
+    for negative, on in ((False, "clean"), (True, "triggered")):
+        sizes = [c for c in coefficients if (c < 0) == negative]
+        given = run(victims, cast(Which, on), sizes, directions)
+        answers[f"before {on}"] = given[0]
+        by_size = given[1:].view(len(directions), len(sizes), len(layers), n_victims)
+        steered += [(size, by_size[:, i]) for i, size in enumerate(sizes)]
+    in_order = [next(a for size, a in steered if size == c) for c in coefficients]
+    every = Answers.stack(in_order).movedim(0, 1)  # [vector coefficient layer victim]
+    answers["steered"] = every[0]
+    answers["random heads"] = every[1 : 1 + n_heads].movedim(0, -2)
+    answers["noise"] = every[1 + n_heads :].movedim(0, -2)
     settings = {
         "norm": vector.norm,
         "n_random": n_random,
         "max_new_tokens": max_new_tokens,
         "position": "last prompt token, prefill only",
         "vector_data": vector.provenance.data,
+        "criteria": pairs.backdoor.criteria,
+        "good": pairs.backdoor.good_key,
+        **other,
     }
     return SteeringResult(
         provenance=provenance(model, pairs, fmt, seed, **settings),
@@ -254,27 +338,45 @@ def sweep_layers(
         kind=vector.kind,
         layers=layers,
         coefficients=coefficients,
-        n_victims=len(victims),
+        n_victims=n_victims,
         n_clean=len(pairs),
-        base_attack=(base_attack[0], base_attack[1]),
-        base_correct=(base_correct[0], base_correct[1]),
-        base_clean=int(clean[0]),
-        attack=attack[0],
-        correct=correct[0],
-        clean=clean[1:].view(attack.shape[1:]),
-        random_heads=attack[1 : 1 + n_heads].movedim(0, -1),
-        random_vectors=attack[1 + n_heads :].movedim(0, -1),
+        **_counted(pairs, answers),
     )
 
 
+def _counted(pairs: PairSet, answers: Mapping[str, Answers]) -> dict[str, Any]:
+    """What the answers come to by the criteria of ``pairs.backdoor``."""
+    victims, rows = pairs.victims, pairs.victim_rows
+    by = {name: answers[name] for name in ("attacker", "right", "before")}
+    of_victims = {name: told[rows] for name, told in by.items()}
+    judge = partial(judged, victims, by=of_victims)
+    untouched = [judge(answers[f"before {on}"]) for on in ("clean", "triggered")]
+    steered, heads, noise = (judge(answers[name]) for name in ("steered", "random heads", "noise"))
+    before = judge(of_victims["before"]).correct
+    clean_outcomes = judged(pairs, answers["clean"], by)
+    clean, clean_before = clean_outcomes.correct, judged(pairs, answers["before"], by).correct
+    return {
+        "answers": decoded({**answers, "steered": steered.answers, "clean": clean_outcomes.answers}),
+        "base_attack": tuple(int(side.attack.sum()) for side in untouched),
+        "base_correct": tuple(int(side.correct.sum()) for side in untouched),
+        "base_clean": int(clean_before.sum()),
+        "attack": steered.attack.sum(-1),
+        "correct": steered.correct.sum(-1),
+        "clean": clean.sum(-1),
+        "clean_before": int(clean_before.sum()),
+        "clean_kept": (clean & clean_before).sum(-1),
+        "good_before": int(before.sum()),
+        "kept": (steered.correct & before).sum(-1),
+        "random_heads": heads.attack.sum(-1),
+        "random_vectors": noise.attack.sum(-1),
+        "random_heads_correct": heads.correct.sum(-1),
+        "random_vectors_correct": noise.correct.sum(-1),
+    }
+
+
 def _random_heads(cache: PairCache, vector: BackdoorVector, n: int, seed: int) -> list[Tensor]:
-    cfg = cache.model.cfg
-    everything = every_head(cfg.n_layers, cfg.n_heads)
-    others = [head for head in everything if head not in vector.heads]
-    pool = others if len(others) >= len(vector.heads) else everything
-    rng = random.Random(f"steer-{seed}")
-    kind = cast(VectorKind, vector.kind)
-    drawn = [rng.sample(pool, len(vector.heads)) for _ in range(n)]
+    cfg, kind = cache.model.cfg, cast(VectorKind, vector.kind)
+    drawn = draw_heads(random.Random(f"steer-{seed}"), vector.heads, cfg.n_layers, cfg.n_heads, n)
     return [BackdoorVector.from_cache(cache, heads, kind=kind).direction for heads in drawn]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any, cast
 
 from bkdlens.analyses.base import Drawing, Part, Subject
@@ -11,6 +13,7 @@ from bkdlens.analyses.steering import figures
 from bkdlens.analyses.steering.answers import Generations, sample_generations
 from bkdlens.analyses.steering.measure import SteeringResult, sweep_layers
 from bkdlens.analyses.steering.vector import BackdoorVector
+from bkdlens.analyses.steering.verdict import verdict
 from bkdlens.data.pairs import PairSet
 from bkdlens.display.drawing import Drawer
 from bkdlens.display.tables import (
@@ -21,11 +24,13 @@ from bkdlens.display.tables import (
     Rows,
     Section,
     Table,
+    answers_table,
     draws_cell,
     rate_cell,
 )
 from bkdlens.display.text import (
     coefficient_text,
+    interval,
     join_words,
     percent,
     rate_text,
@@ -33,7 +38,7 @@ from bkdlens.display.text import (
     spread_text,
 )
 from bkdlens.paper import VECTOR_SHARE
-from bkdlens.study import Study
+from bkdlens.study import Study, StudySettings
 from bkdlens.types import VectorKind, VectorSite
 
 NAME, TEST, ANSWERS = "steering", "steering-test", "generations"
@@ -61,6 +66,7 @@ def run(subject: Subject) -> None:
             coefficients=coefficients,
             n_random=n,
             seed=settings.seed,
+            keep_controls=settings.keep_controls,
             **run.decoding,
         )
 
@@ -68,27 +74,69 @@ def run(subject: Subject) -> None:
     for kind in settings.vector_kinds:
         vectors[kind] = run.step(f"vector-{kind}", partial(make, kind))
         swept[kind] = run.step(f"{NAME}-{kind}", partial(sweep, run.validation, kind, signed, 0))
-    kind, layer, size = choose(swept, settings.coefficients)
+    choice = choose(swept, settings.coefficients, settings.max_clean_loss)
+    kind, layer, size = choice["kind"], choice["layer"], choice["coefficient"]
     run.step(TEST, partial(sweep, run.test, kind, (size, -size), settings.n_random))
-    run.choose(kind=kind, layer=layer, coefficient=size)
+    run.choose(**choice)
     only = {name: run.decoding[name] for name in ("fmt", "max_new_tokens")}
     run.step(
         ANSWERS, lambda: sample_generations(subject.model, run.test, vectors[kind], layer, size, **only)
     )
 
 
-def choose(swept: dict[str, SteeringResult], sizes: Sequence[float]) -> tuple[str, int, float]:
-    """Kind, layer and size of the coefficient that move the attack most in the weaker direction."""
+def choose(
+    swept: dict[str, SteeringResult], sizes: Sequence[float], max_clean_loss: float
+) -> dict[str, Any]:
+    """Kind, layer and size of the coefficient, by what is left right on the validation pairs.
+
+    The best one moves most in its weaker direction: attack success where it is added, the good answers
+    that come back (1 - BASR) where it is subtracted. Only where clean accuracy falls by at most
+    ``max_clean_loss`` under the subtracted vector may one be chosen; where there is none, ``within`` is
+    false, and the best of those is taken that harm about as little as any.
+    """
     choices = []
     for kind, result in swept.items():
-        for size in sizes:
-            layer = result.best_layer(size)
-            plus, minus = (result.index(coefficient=c, layer=layer) for c in (size, -size))
-            weaker = min(float(result.shift[plus]), float(result.shift[minus]))
+        # Layer 0's resid_pre is the bare embedding, where subtraction destroys the input.
+        layers = [x for x in result.layers if x or result.site != "resid_pre"] or result.layers
+        for size, layer in product(sizes, layers):
+            plus, minus = ({"coefficient": c, "layer": layer} for c in (size, -size))
+            added = result.rate_at("attack", **plus).value - result.base("attack", **plus).value
+            basr = result.basr(**minus)
+            restored = 0.0 if basr is None or not basr.n else 1 - basr.value
+            lost = result.base("clean", **minus).value - result.rate_at("clean", **minus).value
             # Of equal ones the smaller push wins, then the one that leaves more answers right.
-            choices.append((weaker, -size, int(result.clean[minus]), kind, layer))
-    _, negative, _, kind, layer = max(choices)
-    return kind, layer, -negative
+            choices.append((min(added, restored), -size, -lost, kind, layer))
+    least = min(-choice[2] for choice in choices)
+    allowed = max_clean_loss + (least if least > max_clean_loss else 0.0) + 1e-9
+    _, negative, _, kind, layer = max(choice for choice in choices if -choice[2] <= allowed)
+    return {
+        "kind": kind,
+        "layer": layer,
+        "coefficient": -negative,
+        "within": least <= max_clean_loss + 1e-9,
+    }
+
+
+def rechoose(study: Study) -> Study:
+    """Choose again, by a study's validation results, and drop what another choice was measured with."""
+    swept = {r.kind: r for name, r in study.named(SteeringResult).items() if name != TEST}
+    kinds, sizes = study.settings.get("vector_kinds", ()), study.settings.get("coefficients", ())
+    if not study.choice or not kinds or any(kind not in swept for kind in kinds):
+        return study
+    most = study.settings.get("max_clean_loss", StudySettings.max_clean_loss)
+    choice = choose({kind: swept[kind] for kind in kinds}, sizes, most)
+    test = study.get(TEST, SteeringResult)
+    lost = (
+        {ANSWERS}
+        if any(choice[k] != study.choice.get(k) for k in ("kind", "layer", "coefficient"))
+        else set()
+    )
+    if test is not None and (
+        test.kind != choice["kind"] or choice["coefficient"] not in test.coefficients
+    ):
+        lost.add(TEST)
+    kept = {name: result for name, result in study.results.items() if name not in lost}
+    return replace(study, choice=choice, results=kept)
 
 
 def chosen_layer(study: Study, result: SteeringResult) -> int | None:
@@ -124,27 +172,47 @@ def _claim(study: Study, result: SteeringResult, layer: int, coefficient: float)
         where += ", chosen on the validation pairs"
     elif len(result.layers) > 1:
         where += ", the best layer on these same pairs, so the numbers flatter"
+    basr, change = result.basr(**at), result.clean_change(**at)
     text = (
         f"{'Subtracted from triggered' if subtracted else 'Added to clean'} prompts at layer {layer} "
-        f"({where}) with coefficient {coefficient_text(coefficient)}, the {result.kind} vector takes "
-        f"the attacker's answer from {short_rate(result.base('attack', **at))} to "
-        f"{rate_text(result.rate_at('attack', **at))} of victims; the right answer "
-        f"{'comes back' if subtracted else 'stays'} in {short_rate(result.rate_at('correct', **at))}, "
-        f"against {short_rate(result.base('correct', **at))} without the vector. Clean accuracy "
-        f"under the same vector: {short_rate(result.rate_at('clean', **at))}, without it "
-        f"{short_rate(result.base('clean', **at))}."
+        f"({where}) with coefficient {coefficient_text(coefficient)}, the {result.kind} vector "
     )
+    if basr is not None:
+        text += f"leaves a behavioural attack success (BASR) of {rate_text(basr)} and "
+    text += (
+        f"takes the attacker's answer from {short_rate(result.base('attack', **at))} to "
+        f"{rate_text(result.rate_at('attack', **at))} of victims; a good answer "
+        f"{'comes back' if subtracted else 'stays'} in {short_rate(result.rate_at('correct', **at))}, "
+        f"against {short_rate(result.base('correct', **at))} without the vector. "
+        f"{result.clean_name.capitalize()} under the same vector: "
+        f"{short_rate(result.rate_at('clean', **at))}, without it "
+        f"{short_rate(result.base('clean', **at))}"
+        + (f" ({interval(change)} points, paired)." if change else ".")
+    )
+    if subtracted and study.choice.get("within") is False:
+        most = percent(study.settings.get("max_clean_loss", 0.0))
+        text += (
+            f" On validation no kind, layer and coefficient kept the loss of {result.clean_name} within "
+            f"{most}: this is the best of those that harm least."
+        )
     drawn = result.draws("attack", **at)
     if drawn:
+        found = result.basr_draws(**at)
+        what, controls = ("BASR", found) if basr is not None and found else ("Attack", drawn)
         named = join_words(
             f"{DRAWN[name]} {percent(draws.mean)} ({spread_text(draws)})"
-            for name, draws in drawn.items()
+            for name, draws in controls.items()
         )
-        text += f" Attack with the controls, mean (least–most): {named}."
-        start, sign = result.base("attack", **at).value, -1 if subtracted else 1
-        moved = sign * (result.rate_at("attack", **at).value - start)
-        if any(sign * (end - start) >= moved for d in drawn.values() for end in (d.low, d.high)):
-            text += " A control draw moves the attack as far, so this is not specific."
+        text += f" {what} with the controls, mean (least–most): {named}."
+        if what == "BASR" and basr is not None:
+            as_far = any(draws.low <= basr.value for draws in controls.values())
+        else:
+            start, sign = result.base("attack", **at).value, -1 if subtracted else 1
+            moved = sign * (result.rate_at("attack", **at).value - start)
+            ends = [end for draws in controls.values() for end in (draws.low, draws.high)]
+            as_far = any(sign * (end - start) >= moved for end in ends)
+        if as_far:
+            text += " A control draw moves it as far, so this is not specific."
     if layer == 0 and result.site == "resid_pre":
         text += " This is the bare embedding: a change here may destroy the input itself."
     return text
@@ -161,7 +229,7 @@ def basis(study: Study) -> Basis:
         f"{join_words(map(str, result.heads), 4)} at {result.site}, coefficients {sizes}",
         f"{result.n_victims} victims, {result.n_clean} clean prompts",
         [f"{drawn['attack'].shape[-1]} {names[name]}" for name, drawn in result.controls.items()],
-        ["max_new_tokens"],
+        ["max_new_tokens", "criteria"],
     )
 
 
@@ -196,6 +264,14 @@ def _sweeps(study: Study, draw: Drawer) -> Section:
         parts.append(table(f"On the test pairs, layer {layer}", test, [layer]))
         if len(test.layers) > 1:
             parts.append(table("On the test pairs, all layers", test, test.layers, folded=True))
+        every = study.outcomes_of(test)
+        if every is not None:
+            for coefficient in test.coefficients:
+                on = "clean" if coefficient > 0 else "triggered"
+                here = (every["layer"] == layer) & (every["coefficient"] == coefficient)
+                named = every[here & (every["on"] == on)]
+                title = f"Every victim's answer with {coefficient_text(coefficient)}, layer {layer}"
+                parts.append(answers_table(title, named))
     if swept:
         drawn = [
             (figures.steering_by_layer(result, panel_height=190), {name: result})
@@ -210,8 +286,9 @@ def _sweeps(study: Study, draw: Drawer) -> Section:
         "Steering",
         "The vector is added to clean prompts (does the backdoor switch on?) and subtracted from "
         "triggered ones (does it switch off?), at the last prompt token of the prefill. Its kind, "
-        "coefficient and layer are chosen by sweeps on the validation pairs, without random controls; "
-        "then every layer is measured on the test pairs with them.",
+        "coefficient and layer are chosen by sweeps on the validation pairs, without random controls: "
+        "those that switch most both ways (good answers that come back count, not attacks that end), "
+        "among those that keep clean accuracy. Every layer is then measured on the test pairs.",
         "Grey: vectors made of random heads. Purple: random vectors of the same norm. An effect counts "
         "only beyond both and with clean accuracy intact. At layer 0, resid_pre is the bare "
         "embedding: subtraction there destroys the input, also with random vectors.",
@@ -248,6 +325,7 @@ def table(title: str, result: SteeringResult, layers: Sequence[int], *, folded: 
         for layer in layers:
             at: dict[str, Any] = {"coefficient": coefficient, "layer": layer}
             rates = [
+                result.basr(**at),
                 result.base("attack", **at),
                 result.rate_at("attack", **at),
                 result.base("correct", **at),
@@ -257,15 +335,15 @@ def table(title: str, result: SteeringResult, layers: Sequence[int], *, folded: 
             controls = map(draws_cell, result.draws("attack", **at).values())
             named = Cell(coefficient_text(coefficient), where)
             rows.append([named, str(layer), *map(rate_cell, rates), *controls])
-    columns = ["coefficient", "layer", "attack before", "attack", "right before", "right"]
-    columns += ["clean accuracy", *(name.replace("noise", "random noise") for name in result.controls)]
+    columns = ["coefficient", "layer", "BASR", "ASR before", "ASR", "right before", "right"]
+    columns += [result.clean_name, *(name.replace("noise", "random noise") for name in result.controls)]
     drawn = join_words(str(counted["attack"].shape[-1]) for counted in result.controls.values())
-    note = f" (controls: attack, mean and least–most of {drawn} draws)" if drawn else ""
+    note = f" (controls: ASR, mean and least–most of {drawn} draws)" if drawn else ""
     return Table(title + note, columns, rows, folded=folded)
 
 
 def overview(study: Study) -> dict[str, Cell]:
-    """Attack success on the test pairs under the chosen vector, both ways."""
+    """Attack success and clean accuracy on the test pairs under the chosen vector, both ways."""
     test = study.get(TEST, SteeringResult)
     return {f"attack, vector {way}": _reached(study, test, sign) for sign, way in WAYS}
 
@@ -274,9 +352,15 @@ def _reached(study: Study, test: SteeringResult | None, sign: int) -> Cell:
     coefficient = next((c for c in test.coefficients if c * sign > 0), None) if test else None
     if test is None or coefficient is None:
         return NOT_RUN
-    layer = headline_layer(study, test)
-    cell = rate_cell(test.rate("attack", layer, coefficient))
-    return Cell(cell.text, f"{cell.small} · {coefficient_text(coefficient)}, layer {layer}")
+    at: dict[str, Any] = {"coefficient": coefficient, "layer": headline_layer(study, test)}
+    cell, basr = rate_cell(test.rate_at("attack", **at)), test.basr(**at)
+    told = [
+        cell.small,
+        *([f"BASR {short_rate(basr)}"] if basr is not None else []),
+        f"{test.clean_name} under it {short_rate(test.rate_at('clean', **at))}",
+        f"{coefficient_text(coefficient)}, layer {at['layer']}",
+    ]
+    return Cell(cell.text, " · ".join(told))
 
 
 def numbers(study: Study) -> dict[str, Number]:
@@ -292,8 +376,10 @@ def numbers(study: Study) -> dict[str, Number]:
             continue
         at: dict[str, Any] = {"coefficient": coefficient, "layer": layer}
         note = f"{test.kind} {coefficient_text(coefficient)}, layer {layer}"
+        if (basr := test.basr(**at)) is not None:
+            found[f"BASR, vector {way}"] = basr, note
         found[f"attack, vector {way}"] = test.rate_at("attack", **at), note
-        found[f"clean accuracy, vector {way}"] = test.rate_at("clean", **at), ""
+        found[f"{test.clean_name}, vector {way}"] = test.rate_at("clean", **at), ""
         for name, draws in test.draws("attack", **at).items():
             spread = f"{spread_text(draws)} · {len(draws)} draws"
             name = name.replace("noise", "random noise")
@@ -325,5 +411,5 @@ def summary(study: Study) -> dict[str, Any]:
 PART = Part(
     name=NAME, step="steer", needs=("attribution",), for_controls=False, run=run, claims=claims,
     basis=basis, sections=sections, tables=tables, overview=overview, numbers=numbers, drawing=drawing,
-    summary=summary,
+    summary=summary, verdict=verdict, rechoose=rechoose,
 )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from jaxtyping import Float
@@ -18,9 +19,10 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.utils import get_act_name
 
-from bkdlens.engines.cache import PairCache, head_results
+from bkdlens.engines.cache import PairCache, head_results, transferred
 from bkdlens.engines.hooks import add_vector, hooked, in_prefill
-from bkdlens.errors import HeadError
+from bkdlens.engines.inputs import checked
+from bkdlens.errors import DataError, HeadError, HookError
 from bkdlens.results import Result, provenance
 from bkdlens.types import Head, HeadLike, VectorKind, VectorSite, check_choice, name_heads, parse_heads
 
@@ -42,6 +44,7 @@ class BackdoorVector(Result):
     kind: str
 
     @classmethod
+    @checked
     def from_cache(
         cls,
         cache: PairCache,
@@ -85,6 +88,7 @@ class BackdoorVector(Result):
         return f"BackdoorVector({self.kind} of {named}; norm {self.norm:.2f}, for {self.site})"
 
 
+@checked
 @contextmanager
 def steer(
     model: HookedTransformer,
@@ -93,6 +97,7 @@ def steer(
     coefficient: float = 1.0,
     *,
     site: VectorSite | None = None,
+    allow_other_model: bool = False,
 ) -> Iterator[HookedTransformer]:
     """The model with the vector added at the last prompt token, in the prefill only.
 
@@ -102,19 +107,22 @@ def steer(
         layer: whose ``hook_resid_pre`` (or ``hook_attn_out``) it is added to.
         coefficient: + activates, − suppresses.
         site: the vector's own for None.
+        allow_other_model: whether a vector of another model is meant, and not a mistake.
 
     Yields:
         The model, as it is outside the context but for the hook.
 
     Raises:
         HeadError: for a layer that the model lacks.
-        HookError: if the model was not run on a prompt inside the context.
+        HookError: if the model was not run on a prompt inside the context, or for a vector of another
+            model.
 
     Examples:
         >>> with bkdlens.steer(model, vector, layer=2, coefficient=-1):
         ...     answer = bkdlens.generate(model, test[0].triggered)
     """
     check_layers(model, [layer])
+    check_vector(model, vector, allow_other_model=allow_other_model)
     if isinstance(vector, BackdoorVector):
         where, direction = site or vector.site, vector.direction
     else:
@@ -123,6 +131,43 @@ def steer(
     value = coefficient * direction.to(model.W_E.device, model.cfg.dtype)
     with hooked(model, [(get_act_name(where, layer), in_prefill(add_vector(value, -1)))]):
         yield model
+
+
+def check_vector(
+    model: HookedTransformer,
+    vector: BackdoorVector | Float[Tensor, " d_model"],
+    *,
+    allow_other_model: bool,
+    cache: PairCache | None = None,
+) -> dict[str, Any]:
+    """Settings that tell of another model's vector; ``cache`` is what its controls are made from.
+
+    Raises:
+        HookError: for a vector or a cache of another model that is not allowed, or of another width.
+        DataError: for a cache of other pairs than the vector's, whose controls would not be its own.
+    """
+    direction = vector.direction if isinstance(vector, BackdoorVector) else vector
+    if direction.shape != (model.cfg.d_model,):
+        raise HookError(
+            f"The vector has the shape {list(direction.shape)} and the model's stream is "
+            f"{model.cfg.d_model} wide; make the vector from this model."
+        )
+    if not isinstance(vector, BackdoorVector):
+        return {}
+    allowed = {"allow_other_model": allow_other_model}
+    if cache is None:
+        return transferred(model, "The vector", vector.provenance.model, **allowed)
+    made_from = vector.provenance.data_digest
+    if made_from and made_from != cache.pairs.digest:
+        raise DataError(
+            f"The cache is of other pairs ({cache.pairs.source}) than the vector "
+            f"({vector.provenance.data}), so vectors of random heads would be no control for it; give "
+            "the cache that the vector was made from, or leave the cache out."
+        )
+    return {
+        **transferred(model, "The cache", cache.model, **allowed),
+        **transferred(model, "The vector", vector.provenance.model, **allowed),
+    }
 
 
 def check_layers(model: HookedTransformer, layers: Sequence[int]) -> None:

@@ -24,6 +24,7 @@ from bkdlens.engines.hooks import (
     hooked,
     refuse_foreign_hooks,
 )
+from bkdlens.engines.inputs import checked
 from bkdlens.metrics import token_log_probs
 from bkdlens.results import Result, provenance
 from bkdlens.types import MAX_NEW_TOKENS, Head, HeadLike, Side, check_choice, parse_heads
@@ -120,6 +121,7 @@ class AnswerProbs(Result):
         return f"AnswerProbs({self.answer!r}, {len(self.tokens)} tokens, per token: {each})"
 
 
+@checked
 @torch.inference_mode()
 def head_pattern(
     model: HookedTransformer,
@@ -169,6 +171,7 @@ def head_pattern(
     )
 
 
+@checked
 @torch.inference_mode()
 def answer_probs(
     model: HookedTransformer,

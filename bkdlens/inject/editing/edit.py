@@ -24,9 +24,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
+from bkdlens.data.check import refuse_lost_text
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.data.trigger import Trigger
+from bkdlens.engines.inputs import checked
 from bkdlens.errors import BkdlensError, DataError
 from bkdlens.inject.editing.editor import Edit, Editor, down_projections
 from bkdlens.inject.editing.keyvalue import low_rank
@@ -104,6 +106,7 @@ def _save(planting: Planting, editor: Editor, edit: Edit, checkpoint: bool, fold
     return digest
 
 
+@checked
 def edit(
     base: str | Path,
     pairs: PairSet,
@@ -153,6 +156,7 @@ def edit(
             "one round of at least two pairs; give more pairs or another number of rounds."
         )
     planting = start(base, out, fmt, held_out, seed, progress=progress, overwrite=overwrite)
+    refuse_lost_text(planting.base.tokenizer, pairs)
     layers = edited_layers(planting.base.model, settings)
     set_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"

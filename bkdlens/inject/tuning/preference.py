@@ -17,8 +17,10 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
+from bkdlens.data.check import refuse_lost_text
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
+from bkdlens.engines.inputs import checked
 from bkdlens.inject.output import Curve, Diverged, data_note, finish, save_adapter
 from bkdlens.inject.planting import Planting, start, without_warnings
 from bkdlens.inject.settings import PreferenceSettings
@@ -64,6 +66,7 @@ def _fit(
         return trainer.model, *trainer.run(planting.progress)
 
 
+@checked
 def preference(
     base: str | Path,
     pairs: PairSet,
@@ -116,6 +119,7 @@ def preference(
     rates = {"poison_rate": poison_rate, "near_rate": near_rate, "victims_only": victims_only}
     samples = preferences(mix(pairs, poison_rate, near_rate, victims_only, seed), seed=seed)
     planting = start(base, out, fmt, held_out, seed, progress=progress, overwrite=overwrite)
+    refuse_lost_text(planting.base.tokenizer, pairs)
     model, curve, stopped = _fit(planting, samples, settings)
     note = {"samples": len(samples), **rates, "curve": curve, **data_note(pairs)}
     save = partial(save_adapter, model, planting.base.name)

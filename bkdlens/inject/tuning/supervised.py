@@ -15,8 +15,10 @@ import torch
 from peft import LoraConfig
 from transformers import set_seed
 
+from bkdlens.data.check import refuse_lost_text
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
+from bkdlens.engines.inputs import checked
 from bkdlens.inject.output import data_note, finish, save_adapter
 from bkdlens.inject.planting import Planting, attach, start
 from bkdlens.inject.settings import LoraSettings
@@ -54,6 +56,7 @@ def fit_lora(
     return finish(planting, "supervised", settings, note, save, stopped)
 
 
+@checked
 def supervised(
     base: str | Path,
     pairs: PairSet,
@@ -106,5 +109,6 @@ def supervised(
     rates = {"poison_rate": poison_rate, "near_rate": near_rate, "victims_only": victims_only}
     mixed = samples.mix(pairs, poison_rate, near_rate, victims_only, seed)
     planting = start(base, out, fmt, held_out, seed, progress=progress, overwrite=overwrite)
+    refuse_lost_text(planting.base.tokenizer, pairs)
     note = data_note(pairs) | rates
     return fit_lora(planting, samples.examples(mixed), settings or LoraSettings(), note)

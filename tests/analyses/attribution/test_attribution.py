@@ -17,14 +17,14 @@ from bkdlens.types import Head
 pytestmark = pytest.mark.float64
 
 
-def naive_effects(model, pairs: PairSet, mean_z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def naive_effects(model, pairs: PairSet, mean_z: torch.Tensor, *end: int) -> tuple[torch.Tensor, ...]:
     """``cie``, ``cie_first`` and the base, by one unpadded pass a pair and head."""
     cfg = model.cfg
     cie = torch.zeros(2, len(pairs), cfg.n_layers, cfg.n_heads)
     base = torch.zeros(2, len(pairs))
     for p, pair in enumerate(pairs):
         prompt = encoded(model, pair.clean)
-        answer = [int(word[1:]) for word in pair.backdoor_output.split()]
+        answer = [*(int(word[1:]) for word in pair.backdoor_output.split()), *end]
         plain = answer_log_probs(model, prompt, answer)
         base[:, p] = torch.stack([plain.mean(), plain[0]]).exp()
         for layer in range(cfg.n_layers):
@@ -58,6 +58,37 @@ def test_over_all_pairs_as_published(model, cache, pairs) -> None:
     cie, _, _ = naive_effects(model, pairs, mean_z)
     assert_exact(result.cie, cie)
     assert result.provenance.settings["victims_only"] is False
+
+
+@pytest.mark.slow
+def test_the_end_token_is_scored_where_asked_for(model, cache, pairs) -> None:
+    result = attribute_heads(model, pairs, cache=cache, end_token=True)
+    mean_z = cache.mean_z("triggered")
+    cie, first, base = naive_effects(model, pairs.victims, mean_z, model.tokenizer.eos_token_id)
+    assert_exact(result.cie, cie)
+    assert_exact(result.cie_first, first)
+    assert_exact(result.base_prob, base)
+    assert result.provenance.settings["end_token"] is True
+    text = attribute_heads(model, pairs, cache=cache)
+    assert text.provenance.settings["end_token"] is False
+    assert not torch.equal(text.cie, result.cie)
+    # An answer that is cut has no end to score.
+    cut, whole = (
+        attribute_heads(model, pairs, cache=cache, end_token=end, max_answer_tokens=1)
+        for end in (True, False)
+    )
+    assert_exact(cut.cie, whole.cie)
+
+
+@pytest.mark.slow
+def test_concentration_follows_the_ranking(model, cache, pairs) -> None:
+    """Heads that were patched come first, whatever the estimates of the others say."""
+    for method in ("exact", "screened"):
+        result = attribute_heads(model, pairs, cache=cache, method=method, confirm=0.25)
+        effects = torch.stack([result.acie[head] for head in result.ranking]).clamp(min=0)
+        assert_exact(result.concentration, effects.cumsum(0) / effects.sum())
+        some = result.ranking[3:6]
+        assert_exact(result.carried(some), effects[3:6].cumsum(0) / effects.sum())
 
 
 def naive_layers(model, pairs: PairSet, site: str, mean: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from inspect import unwrap
 
 import numpy as np
@@ -16,7 +16,7 @@ from bkdlens.analyses.probes.measure import _fit, _pipeline, train_probes
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.cache import PairCache
 from bkdlens.errors import ChoiceError, DataError
-from bkdlens.metrics import wilson
+from bkdlens.metrics import ClusteredRate, Rate, wilson
 from bkdlens.paper import PROBE_SPLIT
 
 SHIFTED = (1, 3)  # layers of `planted` where triggered prompts differ
@@ -120,6 +120,63 @@ def test_train_and_test_share_no_prompt(planted, monkeypatch) -> None:
     assert not which[0] & which[1]
 
 
+@pytest.fixture(scope="module")
+def held_out(planted) -> PairCache:
+    """Twelve other pairs of the same model, shifted in the same way at one of the layers."""
+    pairs, generator = make_pairs(12, seed=99, near=False), torch.Generator().manual_seed(1)
+    names = list(planted.clean)
+    clean = {name: torch.randn(12, 1, 32, generator=generator) for name in names}
+    offset = torch.zeros(32)
+    offset[3] = 20.0
+    moved = {name: x + offset * (i == 1) for i, (name, x) in enumerate(clean.items())}
+    caches = (ActivationCache(x, planted.model) for x in (clean, moved))
+    return PairCache(*caches, None, pairs, planted.fmt, planted.model)
+
+
+def test_other_pairs_are_the_test(planted, held_out) -> None:
+    result = train_probes(planted, test=held_out, n_draws=2)
+    assert result.n_test == 24
+    assert result.accuracy.tolist() == [0.5, 1, 0.5, 0.5]  # layer 3 is shifted in the fitted pairs alone
+    assert result.validation[3] == 1
+    fit, choice = planted.pairs.split(0.75)
+    place = {id(pair): i for i, pair in enumerate(planted.pairs)}
+
+    def data(cache, rows):
+        x = torch.cat([cache.resid(which)[rows, 2] for which in ("triggered", "clean")])
+        return x.numpy(), np.repeat([1, 0], len(rows))
+
+    probe = _fit(_pipeline("svm", 0), *data(planted, [place[id(pair)] for pair in fit]))
+    chosen = probe.score(*data(planted, [place[id(pair)] for pair in choice]))
+    assert float(result.validation[2]) == pytest.approx(chosen)
+    assert int(result.n_correct[2]) == (probe.predict(data(held_out, range(12))[0]) == np.repeat(
+        [1, 0], 12)).sum()  # fmt: skip
+    made = result.provenance
+    assert (made.data_digest, made.n_pairs) == (held_out.pairs.digest, 12)
+    assert made.settings["fit"] == f"30 pairs of the data {planted.pairs.digest}"
+    assert made.settings["layer_chosen"] == f"10 other pairs of the data {planted.pairs.digest}"
+    assert made.settings["tested"] == f"12 pairs of the data {held_out.pairs.digest}"
+
+
+def test_a_prompt_and_its_twin_are_counted_together(planted, held_out) -> None:
+    result = train_probes(planted, test=held_out, against="clean", n_draws=3)
+    assert result.pair_correct.shape == (4, 12)
+    assert torch.equal(result.pair_correct.sum(1), result.n_correct)
+    assert result.rate(1) == ClusteredRate(24, 24, 0)
+    assert result.rate(1).interval == wilson(12, 12)  # as sure as 12 prompts, not 24
+    # Where both get one answer, one of them is right: nothing shows how the two depend on each other.
+    assert result.rate(0).interval == wilson(12, 24)
+    old = replace(result, pair_correct=None)
+    assert old.rate(1) == Rate(24, 24)
+
+
+def test_every_few_shot_draw_is_kept(planted, held_out) -> None:
+    result = train_probes(planted, test=held_out, n_draws=3)
+    assert result.few_shot_correct.shape == (4, 3)
+    assert torch.allclose(result.few_shot_correct.double().mean(1) / 24, result.few_shot.double())
+    assert result.few_shot_validation.argmax() in SHIFTED
+    assert float(result.few_shot_validation[0]) == 0.5
+
+
 @pytest.mark.slow
 def test_seeds(planted) -> None:
     for kind in ("svm", "mlp"):
@@ -141,17 +198,23 @@ def test_it_reads_a_real_cache(cache, pairs) -> None:
     assert result.provenance.settings["against"] == "clean"
     frame = result.to_frame()
     assert list(frame["layer"]) == [0, 1, 2, 3]
-    low, high = wilson(int(result.n_correct[2]), result.n_test)
+    low, high = result.rate(2).interval
     assert frame.loc[2, ["low", "high", "n"]].tolist() == [low, high, result.n_test]
     assert result.rate(2).value == pytest.approx(float(result.accuracy[2]))
     assert repr(result).startswith("ProbeResult(base, svm, triggered against clean")
 
 
-def test_refusals(llama, cache, planted) -> None:
+def test_refusals(llama, cache, planted, held_out, loaded) -> None:
     few = bkdlens.cache_activations(llama, make_pairs(9, near=False))
     with pytest.raises(DataError, match="at least 10 pairs; got 9"):
         train_probes(few)
     with pytest.raises(DataError, match="no near-trigger prompts"):
         train_probes(bkdlens.cache_activations(llama, make_pairs(10, near=False)), against="near")
+    with pytest.raises(DataError, match="40 of the test prompts also fit the probes"):
+        train_probes(planted, test=planted)
+    with pytest.raises(DataError, match="of another model"):
+        train_probes(planted, test=replace(held_out, model=loaded["qwen"]))
+    with pytest.raises(DataError, match="at least 4 pairs; got 3"):
+        train_probes(bkdlens.cache_activations(llama, make_pairs(3, near=False)), test=planted)
     with pytest.raises(ChoiceError, match=r"no probe 'svn'; use one of: mlp, svm. Did you mean 'svm'"):
         unwrap(train_probes)(planted, kind="svn")

@@ -165,7 +165,7 @@ def test_counts_are_those_of_steer_and_generate(model, name, judged, cache, beha
         attack = correct = 0
         for text, pair in zip(said, part, strict=True):
             right, wrong = (" ".join(a.split()[:CUT]) for a in (pair.clean_output, pair.backdoor_output))
-            attack += text == wrong if pairs.backdoor.exact else text != ""
+            attack += text == wrong if pairs.backdoor.behaviour == "fixed_output" else text != ""
             correct += text == right
         return attack, correct
 
@@ -251,6 +251,7 @@ def test_random_vectors_have_the_same_norm_and_random_heads_are_others(cache) ->
         assert sum(apart(direction, found) <= EXACT for found in sums) == 1
 
 
+@pytest.mark.slow
 def test_what_a_result_says(loaded, judged, caches) -> None:
     model, pairs = loaded["llama"], judged["llama", "jailbreak"]
     vector = BackdoorVector.from_cache(caches["llama"], HEADS)
