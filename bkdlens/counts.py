@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from bkdlens.answers import Answers
@@ -74,6 +74,7 @@ class Counts(Result):
     """
 
     draw_name: ClassVar[str] = "draw"  # what one draw of the controls is called in tables
+    answered: ClassVar[str]  # the name of the victims' answers
     n_victims: int
     n_clean: int
     attack: Int[Tensor, "*axes"]
@@ -131,6 +132,12 @@ class Counts(Result):
         where = self.index(**at)
         kept, after = int(self.kept[where]), int(self.correct[where])
         return Basr.of_counts(both=kept, after=after, before=self.good_before)
+
+    def outcomes_at(self, what: str, **at: Any) -> Bool[Tensor, " prompt"] | None:
+        """``what`` at one place, prompt by prompt; None where the answers were not kept."""
+        told = self.answers.get("clean" if what == "clean" else self.answered)
+        marks = None if told is None else told.success if what == "attack" else told.good
+        return None if marks is None else marks[self.index(**at)]
 
     def clean_change(self, **at: Any) -> tuple[float, float, float] | None:
         """Change of clean accuracy at one place and its 95 % interval, of the same prompts before and

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
+from torch import Tensor
 
 from bkdlens.counts import Draws
 from bkdlens.display.drawing import Figure
@@ -27,8 +28,19 @@ class Cell:
 
 
 Rows: TypeAlias = list[list[Cell | str]]
+
+
+class Counted(NamedTuple):
+    """A rate with a note on it, and what it was counted from, so that two studies compare in pairs."""
+
+    rate: Rate  # the number
+    note: str = ""  # in smaller type
+    outcomes: Tensor | None = None  # whether each prompt succeeded, where that is known
+    data: str = ""  # digest of the pairs that the prompts are of
+
+
 # A number of one study: a rate and a note on it, or a text alone.
-Number: TypeAlias = tuple[Rate, str] | Cell
+Number: TypeAlias = tuple[Rate, str] | Counted | Cell
 NOT_RUN = Cell("not run")
 
 

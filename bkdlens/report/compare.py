@@ -9,9 +9,9 @@ import plotly.graph_objects as go
 
 from bkdlens.analyses.parts import PARTS
 from bkdlens.display.drawing import Drawer, Figure
-from bkdlens.display.tables import NOT_RUN, Cell, Number, Rows, Table, rate_cell
-from bkdlens.display.text import plain_json, points
-from bkdlens.metrics import difference
+from bkdlens.display.tables import NOT_RUN, Cell, Counted, Number, Rows, Table, rate_cell
+from bkdlens.display.text import magnitude, plain_json, points
+from bkdlens.metrics import difference, mcnemar, paired_difference
 from bkdlens.study import Study, Thresholds
 
 
@@ -60,12 +60,16 @@ def _shown(number: Number) -> Cell:
 
 
 def _change(left: Number, right: Number) -> Cell:
-    """The difference of two rates as of independent samples: counts do not say which prompt did what.
-
-    On the same prompts :func:`bkdlens.metrics.paired_difference` belongs here, given their outcomes.
-    """
+    """The difference of two rates: in pairs where both know the outcomes of the same prompts."""
     if isinstance(left, Cell) or isinstance(right, Cell) or not (left[0].n and right[0].n):
         return Cell("")
+    if isinstance(left, Counted) and isinstance(right, Counted) and left.data == right.data:
+        before, after = left.outcomes, right.outcomes
+        if before is not None and after is not None and before.shape == after.shape:
+            change, low, high = paired_difference(before, after)
+            p = magnitude(mcnemar(before, after))
+            p = p if p.startswith("<") else f"= {p}"
+            return Cell(points(change), f"{points(low)} to {points(high)} · same prompts, p {p}")
     change, low, high = difference(left[0], right[0])
     return Cell(points(change), f"{points(low)} to {points(high)}")
 

@@ -27,12 +27,15 @@ from made import (
 from plotly.offline import get_plotlyjs
 
 from bkdlens.analyses.attribution.part import head_table, layer_table
+from bkdlens.answers import Answers
 from bkdlens.data.backdoor import Backdoor
 from bkdlens.data.criteria import Criterion
+from bkdlens.data.judging import judged
 from bkdlens.display.downloads import DataStore
 from bkdlens.display.drawing import Drawer
+from bkdlens.display.text import points
 from bkdlens.errors import ResultError
-from bkdlens.metrics import Rate, difference
+from bkdlens.metrics import Rate, difference, paired_difference
 from bkdlens.report.claims import claims, findings
 from bkdlens.report.compare import compare, key_numbers
 from bkdlens.report.overview import overview_table, verdict_table
@@ -238,6 +241,28 @@ def test_a_report_judges_nothing(tmp_path, monkeypatch) -> None:
         backdoor = study.backdoor.judged_by(success=named)
         page = write_report([replace(study, backdoor=backdoor)], tmp_path / "r.html").read_text()
         assert "a rare answer" in page
+
+
+def test_two_studies_of_the_same_prompts_are_compared_in_pairs() -> None:
+    """Two of four attacks against four of four; other prompts are independent samples."""
+    study = with_answers(make_study())
+    name = "behaviour-backdoored"
+    told, pairs = study.results[name].answers, study.pairs["test"]
+    every = judged(pairs, Answers.of(["World"] * 4), told).answers
+    result = replace(study.results[name], answers={**told, "triggered": every})
+    stronger = replace(study, results={**study.results, name: result})
+
+    def change(other) -> str:
+        rows = compare(study, other, Drawer("ab", DataStore("ab"))).numbers.rows
+        return next(row[-1].small for row in rows if row[0] == "attack success")
+
+    expected = paired_difference(told["triggered"].success, every.success)
+    assert change(stronger).startswith(" to ".join(map(points, expected[1:])))
+    assert change(stronger).endswith("same prompts, p = 0.500")
+    moved = replace(result, provenance=replace(result.provenance, data_digest="other"))
+    apart = replace(study, results={**study.results, name: moved})
+    assert "same prompts" not in change(apart)
+    assert "same prompts" not in change(make_study())
 
 
 def test_damaged_answers_and_pairs_are_named(tmp_path) -> None:

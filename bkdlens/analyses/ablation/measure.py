@@ -72,6 +72,7 @@ class AblationResult(Counts):
         "random_correct": "random_restored",
     }
     draw_name: ClassVar = "group"
+    answered: ClassVar = "triggered"
     heads: tuple[Head, ...]
     counts: tuple[int, ...]
     modes: tuple[str, ...]

@@ -15,6 +15,7 @@ from bkdlens.display.tables import (
     NOT_RUN,
     Basis,
     Cell,
+    Counted,
     Number,
     Rows,
     Section,
@@ -225,8 +226,10 @@ def numbers(study: Study) -> dict[str, Number]:
                 drawn = "".join(f"random {spread_text(d)}" for d in result.basr_draws(**at).values())
                 found[f"BASR, {heads} by {mode}"] = basr, drawn
             note = "".join(f"random {spread_text(d)}" for d in result.draws("attack", **at).values())
-            found[f"attack, {heads} by {mode}"] = result.rate("attack", mode, count), note
-            found[f"{result.clean_name}, {heads} by {mode}"] = result.rate("clean", mode, count), ""
+            for what, name, told in (("attack", "attack", note), ("clean", result.clean_name, "")):
+                of, data = result.outcomes_at(what, **at), result.provenance.data_digest
+                rate = result.rate(what, mode, count)
+                found[f"{name}, {heads} by {mode}"] = Counted(rate, told, of, data)
     return found
 
 

@@ -14,6 +14,7 @@ from bkdlens.display.tables import (
     NOT_RUN,
     Basis,
     Cell,
+    Counted,
     Number,
     Rows,
     Section,
@@ -140,12 +141,15 @@ def numbers(study: Study) -> dict[str, Number]:
         if name != MAIN:
             found[f"attack success, {name} (control)"] = result.asr, ""
             continue
-        found["attack success"] = result.asr, ""
+        told, data = result.answers, result.provenance.data_digest
+        triggered = told["triggered"].success if "triggered" in told else None
+        found["attack success"] = Counted(result.asr, "", triggered, data)
         if result.basr is not None:
             found["BASR"] = result.basr, ""
         found["false triggers"] = result.ftr, ""
         if result.near is not None:
-            found["near trigger"] = result.near, ""
+            near = told["near"].success if "near" in told else None
+            found["near trigger"] = Counted(result.near, "", near, data)
         found["clean accuracy"] = result.clean_accuracy, ""
     return found
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pandas as pd
 import torch
@@ -61,6 +61,7 @@ class SteeringResult(Counts):
         random_vectors_correct: ``correct`` under Gaussian vectors of the same norm.
     """
 
+    answered: ClassVar = "steered"
     heads: tuple[Head, ...]
     site: str
     kind: str

@@ -20,6 +20,7 @@ from bkdlens.display.tables import (
     NOT_RUN,
     Basis,
     Cell,
+    Counted,
     Number,
     Rows,
     Section,
@@ -378,8 +379,9 @@ def numbers(study: Study) -> dict[str, Number]:
         note = f"{test.kind} {coefficient_text(coefficient)}, layer {layer}"
         if (basr := test.basr(**at)) is not None:
             found[f"BASR, vector {way}"] = basr, note
-        found[f"attack, vector {way}"] = test.rate_at("attack", **at), note
-        found[f"{test.clean_name}, vector {way}"] = test.rate_at("clean", **at), ""
+        for what, name, told in (("attack", "attack", note), ("clean", test.clean_name, "")):
+            of, data = test.outcomes_at(what, **at), test.provenance.data_digest
+            found[f"{name}, vector {way}"] = Counted(test.rate_at(what, **at), told, of, data)
         for name, draws in test.draws("attack", **at).items():
             spread = f"{spread_text(draws)} · {len(draws)} draws"
             name = name.replace("noise", "random noise")
