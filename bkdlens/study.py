@@ -49,7 +49,7 @@ class StudySettings:
     seed: int = 0  # of everything that is drawn at random
 
 
-# The demo's settings: fewer pairs, so that it ends within a minute and a half on two cores.
+# The demo's settings: fewer pairs, so that it ends within two minutes on two cores.
 DEMO = StudySettings(n_attribution=48, max_new_tokens=24)
 
 
