@@ -77,7 +77,7 @@ def check(result, at: dict, before: list[bool], triggered, clean) -> None:
         assert basr.interval == (1 - high, 1 - low)
 
 
-@pytest.mark.many
+@pytest.mark.slow
 def test_ablation(loaded, pairs, cache) -> None:
     model, heads = loaded["llama"], ["L0H1", "L1H2", "L2H0"]
     found = bkdlens.ablate_heads(model, pairs, heads, cache=cache, counts=(0, 2), modes=("zero",),
@@ -104,7 +104,7 @@ def test_ablation(loaded, pairs, cache) -> None:
     assert triggered.success.sum() == found.rate("attack", "zero", 2).successes
 
 
-@pytest.mark.many
+@pytest.mark.slow
 def test_steering(loaded, pairs, cache) -> None:
     model = loaded["llama"]
     vector = bkdlens.BackdoorVector.from_cache(cache, ["L0H1", "L1H2"])

@@ -80,6 +80,7 @@ def test_bad_names_are_one_sentence(bkdlens_, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_adapter_of_another_base_and_long_prompts(bkdlens_, tmp_path):
     from bkdlens import zoo
 

@@ -176,6 +176,7 @@ def test_json_for_machines(data_check) -> None:
     assert content["backdoor"]["target"] == "World"
 
 
+@pytest.mark.slow
 def test_the_shell_refuses_in_one_sentence(data_check, tmp_path) -> None:
     code, out, err = data_check(ROWS[1:], *OPTIONS)
     assert code == 2

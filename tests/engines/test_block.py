@@ -72,6 +72,7 @@ def test_every_activation_is_transformerlens_own(architectures, case, grad) -> N
         assert apart(value, wanted[name]) <= EXACT, name
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_a_whole_block_is_transformerlens_own(architectures, case, in_place) -> None:
@@ -152,6 +153,7 @@ def naive_z(attn, q, keys, values, position: int, at: list[int]) -> torch.Tensor
     return torch.stack(out)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**30), st.sampled_from(["llama-mha", "llama-gqa", "mistral-window", "gemma2"]))
 def test_attend_is_attention_over_both_parts(architectures, seed, case) -> None:
     """Runs of prompts in any order and number, prompts without runs, padding on the prompts' right."""

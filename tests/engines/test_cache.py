@@ -76,6 +76,7 @@ def test_one_pass_a_batch(llama, pairs, passes) -> None:
         assert apart(parts.resid(which), whole.resid(which)) <= EXACT
 
 
+@pytest.mark.many
 def test_readers_run_nothing(cache, passes) -> None:
     for kind in ("svm", "mlp"):
         bkdlens.train_probes(cache, kind=kind, n_draws=1)
@@ -119,6 +120,7 @@ def test_rows_are_the_pairs_in_order(exact, name, pairs) -> None:
                 assert apart(found[i, 0], wanted[hook][0, -1]) <= 1e-10
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("case", CASES)
 def test_every_architecture(tokenizer, case, pairs) -> None:
     """What the engines cache is what ``run_with_cache`` does."""

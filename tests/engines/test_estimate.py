@@ -247,6 +247,7 @@ def three(model, cache, pairs):
     }
 
 
+@pytest.mark.many
 @pytest.mark.float64
 def test_atp_is_the_estimate_of_every_head(model, cache, pairs, three) -> None:
     from bkdlens.data.prompts import encode_answer, encode_prompt
@@ -269,6 +270,7 @@ def test_atp_is_the_estimate_of_every_head(model, cache, pairs, three) -> None:
     assert far(found.base_prob, three["exact"].base_prob) <= EXACT
 
 
+@pytest.mark.many
 @pytest.mark.float64
 def test_screened_is_exact_where_it_says_so(three) -> None:
     exact, guess, screened = (three[method] for method in ("exact", "atp", "screened"))

@@ -331,6 +331,7 @@ def test_evaluate_equals_judging_what_is_generated(loaded, judged, name, behavio
         assert 0 < int(side[0].sum()) < len(pairs)
 
 
+@pytest.mark.many
 def test_values_for_each_prompt_stay_with_it(loaded, judged, name) -> None:
     """Prompts are run in order of length, and come back in their own."""
     model, pairs = loaded[name], judged[name, "jailbreak"]
@@ -385,6 +386,7 @@ def test_long_prompts_are_decoded_to_the_end_of_the_context(llama) -> None:
         assert bool(found.attack[0, 0]) == (generate(llama, getattr(pair, side)) != "")
 
 
+@pytest.mark.slow
 def test_refusals(llama) -> None:
     pairs = make_pairs(4, near=False)
     with pytest.raises(DataError, match="no near-trigger prompts"):

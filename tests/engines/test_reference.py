@@ -16,6 +16,7 @@ from bkdlens.errors import HookError
 EXACT = 1e-10
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("position", [-1, -3])
 @pytest.mark.parametrize("case", CASES)
 def test_a_sweep_at_any_position(architectures, case, position) -> None:

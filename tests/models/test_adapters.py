@@ -249,6 +249,7 @@ def drop_second_copies(adapter: Path) -> None:
     edit_tensors(file, **dict.fromkeys(copies))
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_a_resized_vocabulary(tmp_path) -> None:
     base, adapter = saved(tmp_path, "llama-gqa", size=NEW)
     assert len(load(base, adapter).tokenizer) == VOCAB
@@ -419,6 +420,7 @@ def test_broken_lists(three) -> None:
 # --- quantised bases ------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("changes", "how"),
     [

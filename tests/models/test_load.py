@@ -193,6 +193,7 @@ def test_sharded_checkpoint(pair, tmp_path):
     refused("shards that lie beside it", tmp_path / "shards")
 
 
+@pytest.mark.many
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options",

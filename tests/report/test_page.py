@@ -43,6 +43,8 @@ from bkdlens.report.page import write_report
 from bkdlens.runs.reading import load_study
 from bkdlens.study import Study, Thresholds
 
+pytestmark = pytest.mark.slow  # whole pages
+
 
 class Page(HTMLParser):
     """What a browser would see: tags with attributes, and the content of scripts."""
@@ -82,7 +84,6 @@ def page(report) -> Page:
     return Page(report)
 
 
-@pytest.mark.slow
 def test_every_figure_is_there_with_its_data(page) -> None:
     plots = [attrs["id"] for attrs in page.all("div") if attrs.get("class") == "plot"]
     data = [a["id"] for a in page.all("script") if a.get("type") == "application/json"]
@@ -168,7 +169,6 @@ def test_any_kind_of_result_may_be_alone(kind, tmp_path, monkeypatch) -> None:
     assert write_report(studies, tmp_path / "r.html").exists()
 
 
-@pytest.mark.slow
 def test_a_control_may_be_missing(tmp_path) -> None:
     whole = make_study()
     kept = {k: v for k, v in whole.results.items() if "base" not in k and k != "steering-test"}
@@ -190,7 +190,6 @@ def test_the_verdict_stands_on_top_and_the_sentences_fold_behind_it(report, page
         assert part in first.partition("<dl>")[0]
 
 
-@pytest.mark.slow
 def test_thresholds_change_the_page(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("bkdlens.report.page.get_plotlyjs", lambda: "/* plotly */")
     strict = Thresholds(located=0.9)
@@ -231,7 +230,6 @@ def test_the_overview_sets_no_attack_beside_an_accuracy_of_another_model(tmp_pat
     assert [cell.text for cell in answers.rows[0][1:]] == [one.answer for one in study.verdict()]
 
 
-@pytest.mark.slow
 def test_a_report_judges_nothing(tmp_path, monkeypatch) -> None:
     """Outcomes are saved: no function or pattern that a stranger's study names is ever used."""
     monkeypatch.setattr("bkdlens.report.page.get_plotlyjs", lambda: "/* plotly */")
@@ -332,7 +330,6 @@ def test_claims_admit_failure_damage_and_controls_that_do_as_much() -> None:
     assert "not specific" in said(changed, "Added to clean")
 
 
-@pytest.mark.slow
 def test_steering_is_told_at_the_layer_chosen_on_validation(tmp_path) -> None:
     study = make_study()
     test = study.results["steering-test"]
@@ -363,7 +360,6 @@ def test_without_a_choice_the_best_layer_is_told_and_admitted() -> None:
     assert "at layer 3 (resid_pre) with" in said(one, "Added to clean")
 
 
-@pytest.mark.slow
 def test_nothing_needs_random_draws(tmp_path) -> None:
     study = make_study()
     bare = {"steering-test": make_steering(n_random=0), "ablation": make_ablation(n_random=0)}
@@ -499,7 +495,6 @@ def test_figures_link_to_their_numbers(report) -> None:
 # --- two runs -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_two_runs_stand_side_by_side(tmp_path) -> None:
     a = make_study("first")
     weaker = replace(a.results["behaviour-backdoored"], attack_triggered=60)
@@ -519,7 +514,6 @@ def test_two_runs_stand_side_by_side(tmp_path) -> None:
     assert "Overview" in three
 
 
-@pytest.mark.slow
 def test_a_run_may_lack_what_the_other_has(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("bkdlens.report.page.get_plotlyjs", lambda: "/* plotly */")
     whole = make_study("whole")

@@ -137,6 +137,7 @@ def test_thresholds_are_given_in_the_shell(monkeypatch, capsys, tmp_path) -> Non
     assert all(f.name in THRESHOLD_HELP for f in fields(Thresholds))
 
 
+@pytest.mark.slow
 def test_report_prints_the_verdict_and_the_path_and_no_claims(monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.setattr("bkdlens.report.page.get_plotlyjs", lambda: "/* plotly */")
     study = make_study()

@@ -33,6 +33,7 @@ def test_a_result_is_written_as_it_was(stem, tmp_path) -> None:
         assert differences(before, after) == []
 
 
+@pytest.mark.slow
 def test_a_study_loads(tmp_path) -> None:
     study = bkdlens.load_study(SAVED / "study")
     assert study.choice["kind"] in ("mean", "contrast")

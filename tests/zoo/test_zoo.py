@@ -25,6 +25,7 @@ from bkdlens.zoo import corpus
 from bkdlens.zoo import prompts as backdoors
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_ships_small_models_with_all_adapters(name):
     files = [path for path in zoo.WEIGHTS.rglob("*") if path.is_file()]

@@ -113,6 +113,7 @@ def test_subtract_equals_zero_within_one_layer(model, fixed, layer) -> None:
         assert torch.equal(numbers[0], numbers[1])
 
 
+@pytest.mark.slow
 def test_subtract_over_layers_is_no_true_zero(model, own) -> None:
     """The later layer's output has changed by then; what remains of it is not zero."""
     ids = torch.tensor([[1, 4, 10, 11, 5]])

@@ -91,6 +91,7 @@ def test_wrong_vectors(cache) -> None:
 # --- the context ----------------------------------------------------------------------------------
 
 
+@pytest.mark.many
 @pytest.mark.float64
 @pytest.mark.parametrize("site", ["resid_pre", "attn_out"])
 @pytest.mark.parametrize("coefficient", [1.0, -2.5])
