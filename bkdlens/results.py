@@ -12,7 +12,7 @@ import platform
 import sys
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from functools import singledispatch
@@ -169,25 +169,6 @@ class Result:
             return cls(**{name: _decode(content[named], tensors) for name, named in names.items()})
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, HeadError) as error:
             raise ResultError(f"The saved result {stem} is damaged ({error}); make it again.") from None
-
-
-def check_answers(result: Any, pairs: Any, controls: Iterable[str] = ()) -> None:
-    """Raise a ``ResultError`` unless ``result`` holds its answers and was measured on ``pairs``."""
-    if not result.answers:
-        raise ResultError("This result has no answers to be judged anew; measure it again.")
-    if pairs.digest != result.provenance.data_digest:
-        raise ResultError(
-            f"This result was measured on other pairs ({result.provenance.data}); give these."
-        )
-    sizes = {name: told.index.shape[-1] for name, told in result.answers.items()}
-    per_pair = {sizes.get(name) for name in ("attacker", "right", "before")}
-    if per_pair != {len(pairs)} or not {*sizes.values()} <= {len(pairs), len(pairs.victim_rows)}:
-        raise ResultError("The answers of this result are not those to its pairs; measure it again.")
-    if missing := [name for name in controls if name not in result.answers]:
-        raise ResultError(
-            f"The answers of this result's controls ({', '.join(missing)}) were not kept; measure it "
-            "again with keep_controls=True."
-        )
 
 
 @singledispatch

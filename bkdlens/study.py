@@ -171,7 +171,8 @@ class Study:
             ``base``, where given.
         settings: :class:`StudySettings` as plain values, with the prompt format, the model and the
             digests of the pairs.
-        choice: what was chosen on the validation pairs: the vector's kind, coefficient and layer.
+        choice: what was chosen on the validation pairs: the vector's kind, coefficient and layer, and
+            whether any vector was ``within`` the loss of clean accuracy that the settings allow.
         pairs: the validation and test pairs that the results were measured on, by name; none in folders
             of version 0.1.
     """

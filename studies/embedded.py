@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 from bkdlens import zoo
@@ -19,10 +18,8 @@ from bkdlens.analyses.attribution.measure import HeadAttribution
 from bkdlens.analyses.behaviour.measure import BehaviourResult
 from bkdlens.analyses.probes.measure import ProbeResult
 from bkdlens.analyses.steering.measure import SteeringResult
-from bkdlens.cli.inputs import embedded_pairs
+from bkdlens.cli.analyse import study_embedded
 from bkdlens.metrics import Rate
-from bkdlens.models.load import load
-from bkdlens.runs.run import run_study
 from bkdlens.study import CONDITIONS, MAIN, Study, StudySettings
 
 SIZES = {"label_modification": 400, "fixed_output": 200, "jailbreak": 200}  # pairs of each split
@@ -37,15 +34,8 @@ def main() -> None:
     studies = {}
     for base in zoo.MODELS:
         for kind in zoo.BACKDOORS:
-            studies[base, kind] = run_study(
-                load(base, kind),
-                *embedded_pairs(kind, (SIZES[kind],) * 3),
-                name=f"{base} / {kind}",
-                controls={"clean-adapter": partial(load, base, "clean"), "base": partial(load, base)},
-                settings=SETTINGS,
-                out=out / base / kind,
-                progress=True,
-            )
+            n, folder = SIZES[kind], out / base / kind
+            studies[base, kind] = study_embedded(base, kind, (n, n, n), SETTINGS, folder)
     for table in (behaviour, probes, ablation, steering):
         print("\n".join(table(studies)), end="\n\n")
 

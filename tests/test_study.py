@@ -14,7 +14,7 @@ from made import CHOSEN, make_study, with_basr
 
 import bkdlens
 from bkdlens.analyses.ablation.verdict import chosen_heads
-from bkdlens.display.verdicts import judged
+from bkdlens.display.verdicts import decide
 from bkdlens.errors import BkdlensError, ChoiceError
 from bkdlens.results import Result
 from bkdlens.study import Study, Thresholds, Verdict
@@ -91,11 +91,11 @@ def test_without_a_control_nothing_can_be_concluded(study) -> None:
     st.booleans(), st.booleans(), st.sampled_from([None, [], ["base"]]), st.sampled_from(["", "weak"])
 )
 def test_only_a_sure_number_beyond_every_control_is_a_yes(meets, sure, reached, weak) -> None:
-    answer, why = judged(meets=meets, sure=sure, reached=reached, weak=weak)
+    answer, why = decide(meets=meets, sure=sure, reached=reached, weak=weak)
     assert (answer == "yes") == (meets and sure and reached == [])
     assert (answer == "no") == (not meets and not weak)  # which needs no control
     assert bool(why) == (answer not in ("yes", "no"))
-    assert judged(meets=meets, sure=sure, reached=reached, vain="why") == (
+    assert decide(meets=meets, sure=sure, reached=reached, vain="why") == (
         "nothing can be concluded",
         "why",
     )

@@ -69,7 +69,8 @@ class Run:
             result = make()
             if self.folder is not None:
                 self.study.save_head(self.folder)
-                self.study.save_pairs(self.folder)
+                if not (self.folder / "pairs.json").exists():
+                    self.study.save_pairs(self.folder)
                 result.save(self.folder / name)
             self.study = replace(self.study, results={**self.study.results, name: result})
         return cast(R, self.study.results[name])

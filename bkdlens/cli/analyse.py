@@ -30,7 +30,7 @@ from bkdlens.types import MAX_NEW_TOKENS, AblationMode, AttributionMethod, check
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
-    from bkdlens.study import StudySettings
+    from bkdlens.study import Study, StudySettings
 
 ANALYSES = {
     "run": (
@@ -178,6 +178,24 @@ def analysis(name: str) -> Callable[..., None]:
     return spread(command)
 
 
+def study_embedded(
+    base: str, kind: str, sizes: tuple[int, int, int], settings: StudySettings, out: Path
+) -> Study:
+    """The whole analysis of an embedded adapter with its controls, on as many pairs of each split."""
+    from bkdlens.models.load import load
+    from bkdlens.runs.run import run_study
+
+    return run_study(
+        load(base, kind),
+        *embedded_pairs(kind, sizes),
+        name=f"{base} / {kind}",
+        controls={"clean-adapter": partial(load, base, "clean"), "base": partial(load, base)},
+        settings=settings,
+        out=out,
+        progress=True,
+    )
+
+
 def demo(
     every: Annotated[bool, Option("--all", help="Include tiny-qwen.")] = False,
     out: Out = Path("demo"),
@@ -188,8 +206,6 @@ def demo(
 
     Example: `bkdlens demo --all --out demo`
     """
-    from bkdlens.models.load import load
-    from bkdlens.runs.run import run_study
     from bkdlens.study import DEMO
 
     thresholds, studies = limits(threshold), []
@@ -198,14 +214,5 @@ def demo(
             say(f"{base} / {kind}")
             # In label modification one prompt in four is a victim and answers are short: take more.
             sizes = (128, 160, 160) if kind == "label_modification" else (128, 64, 64)
-            study = run_study(
-                load(base, kind),
-                *embedded_pairs(kind, sizes),
-                name=f"{base} / {kind}",
-                controls={"clean-adapter": partial(load, base, "clean"), "base": partial(load, base)},
-                settings=DEMO,
-                out=out / base / kind,
-                progress=True,
-            )
-            studies.append(study)
+            studies.append(study_embedded(base, kind, sizes, DEMO, out / base / kind))
     finish(studies, out / "report.html", as_json, thresholds)

@@ -253,9 +253,9 @@ class Backdoor:
         return near.insert(clean, seed=seed)
 
     @property
-    def good_key(self) -> str:
-        """Tells two criteria for good answers apart, in provenance."""
-        return repr((self.against, self.good))
+    def judgement(self) -> dict[str, str]:
+        """What a result's settings say of the criteria: in words, and what tells good ones apart."""
+        return {"criteria": self.criteria, "good": repr((self.against, self.good))}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name for json; triggers and criteria are dictionaries too.

@@ -13,7 +13,7 @@ NO_ANSWERS = "No answers were kept, as in results of version 0.1."
 NO_CONTROL = "No control was run, which may reach as much."
 
 
-def judged(
+def decide(
     *, meets: bool, sure: bool, reached: Sequence[str] | None, weak: str = "", vain: str = ""
 ) -> tuple[Answer, str]:
     """The answer, and why it is no plain one.

@@ -251,7 +251,6 @@ def evaluate(
     interventions: Sequence[Intervention] = (NOTHING,),
     *,
     on: Which = "triggered",
-    own: Sequence[str] | None = None,
     fmt: PromptFormat | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     memory_gb: float | None = None,
@@ -267,8 +266,6 @@ def evaluate(
         pairs: the prompts, the answers that they are judged by, and the criteria (``pairs.backdoor``).
         interventions: each is run on every prompt; the model as it is by default.
         on: the prompts that are answered.
-        own: the untouched model's answers to the clean prompts, where good answers are compared with
-            these (``pairs.backdoor.against == "own"``); they are decoded when they are not given.
         fmt: how a prompt is rendered; the chat template where there is one.
         max_new_tokens: where every answer, generated or compared with, is cut.
         memory_gb: the most memory beside the model; for None 2 GB on a CPU, 80 % of the free on a GPU.
@@ -291,5 +288,5 @@ def evaluate(
     run = partial(answer, model, pairs, fmt=fmt, max_new_tokens=max_new_tokens, memory_gb=memory_gb)
     by = yardsticks(model, pairs, fmt, max_new_tokens)
     if pairs.backdoor.against == "own":
-        by["before"] = run(on="clean")[0] if own is None else Answers.of(own)
+        by["before"] = run(on="clean")[0]
     return judged(pairs, run(interventions, on=on, progress=progress), by)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from transformer_lens import HookedTransformer
 
 from bkdlens.answers import Answers, decoded
 from bkdlens.counts import Counts, basr_columns
-from bkdlens.data.judging import judged, outcome_table
+from bkdlens.data.judging import Judged, judged, outcome_table, yardsticks_of
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.cache import PairCache, cache_activations, head_results, transferred
@@ -34,7 +34,7 @@ from bkdlens.engines.inputs import checked
 from bkdlens.errors import DataError
 from bkdlens.metrics import Rate
 from bkdlens.paper import ABLATION_COUNTS
-from bkdlens.results import check_answers, provenance
+from bkdlens.results import provenance
 from bkdlens.types import (
     MAX_NEW_TOKENS,
     AblationMode,
@@ -48,7 +48,7 @@ from bkdlens.types import (
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class AblationResult(Counts):
+class AblationResult(Judged, Counts):
     """Answers with the first heads of a ranking switched off, by mode and number of heads.
 
     ``attack`` and ``correct`` count among triggered victims, ``clean`` among clean prompts; correct is
@@ -128,59 +128,40 @@ class AblationResult(Counts):
         drawn = self.draws(what, mode=mode, heads=count)
         return drawn["random"].mean if drawn else math.nan
 
-    def judged_by(self, pairs: PairSet) -> AblationResult:
-        """Return the result by the criteria of ``pairs.backdoor``, without running the model.
+    @staticmethod
+    def _counted(pairs: PairSet, answers: Mapping[str, Answers]) -> dict[str, Any]:
+        """What the answers come to by the criteria of ``pairs.backdoor``."""
+        by, victims, of_victims = yardsticks_of(pairs, answers)
+        before = judged(victims, of_victims["before"], of_victims).correct
+        clean_before = judged(pairs, answers["before"], by).correct
+        counted: dict[str, Any] = {
+            "good_before": int(before.sum()),
+            "clean_before": int(clean_before.sum()),
+        }
+        for stem, name in (("", ""), ("random ", "random_")):
+            triggered = judged(victims, answers[f"{stem}triggered"], of_victims)
+            counted[f"{name}attack"] = triggered.attack.sum(-1)
+            counted[f"{name}correct"] = triggered.correct.sum(-1)
+            if f"{stem}clean" not in answers:  # not kept, and judged as they were
+                continue
+            clean = judged(pairs, answers[f"{stem}clean"], by)
+            counted[f"{name}clean"] = clean.correct.sum(-1)
+            if not stem:
+                told = {**answers, "triggered": triggered.answers, "clean": clean.answers}
+                counted["answers"] = decoded(told)
+                counted["kept"] = (triggered.correct & before).sum(-1)
+                counted["clean_kept"] = (clean.correct & clean_before).sum(-1)
+        return counted
 
-        Args:
-            pairs: those that it was measured on.
-
-        Returns:
-            The result with its counts by these criteria, and the same answers.
-
-        Raises:
-            ResultError: for other pairs, or a result without its answers.
-
-        Examples:
-            >>> from dataclasses import replace
-            >>> found = bkdlens.ablate_heads(
-            ...     model, test, heads.top(2), cache=cache, n_random=0, keep_controls=True
-            ... )
-            >>> strict = found.judged_by(replace(test, backdoor=backdoor.judged_by(success="equal")))
-        """
+    def _needed(self, pairs: PairSet) -> Sequence[str]:
         # Whether a clean answer is right does not depend on what the attacker's success is.
-        same_good = self.provenance.settings.get("good") == pairs.backdoor.good_key
-        needed = ["random triggered", *([] if same_good else ["random clean"])]
-        check_answers(self, pairs, needed if self.controls else ())
-        criteria = {"criteria": pairs.backdoor.criteria, "good": pairs.backdoor.good_key}
-        told = replace(self.provenance, settings={**self.provenance.settings, **criteria})
-        return replace(self, provenance=told, **_counted(pairs, self.answers))
+        same = self.provenance.settings.get("good") == pairs.backdoor.judgement["good"]
+        names = ("random triggered",) if same else ("random triggered", "random clean")
+        return names if self.controls else ()
 
-    def outcomes(self, pairs: PairSet) -> pd.DataFrame:
-        """Every answer with its outcome: which victims withstand, and what the model says instead.
-
-        Args:
-            pairs: those that it was measured on.
-
-        Returns:
-            A row per mode, count and prompt: the prompt, the answer, whether it is the attacker's
-            success and whether it is good. Triggered rows are of victims; ``row`` numbers the prompts of
-            a side.
-
-        Raises:
-            ResultError: for other pairs, or a result without its answers.
-
-        Examples:
-            >>> found = bkdlens.ablate_heads(model, test, heads.top(2), cache=cache, n_random=0)
-            >>> answers = found.outcomes(test)
-        """
-        check_answers(self, pairs)
-        victims = pairs.only(pairs.victim_rows)  # no criterion is asked here
-        axes, told = self.axes, self.answers
-        sides = [
-            outcome_table(victims, told["triggered"], "triggered", axes),
-            outcome_table(pairs, told["clean"], "clean", axes),
-        ]
-        return pd.concat(sides, ignore_index=True)
+    def _tables(self, pairs: PairSet, victims: PairSet) -> Iterable[pd.DataFrame]:
+        yield outcome_table(victims, self.answers["triggered"], "triggered", self.axes)
+        yield outcome_table(pairs, self.answers["clean"], "clean", self.axes)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per mode and count: each rate (0 to 1), its interval, and the random groups' mean."""
@@ -303,8 +284,7 @@ def ablate_heads(
         "max_new_tokens": max_new_tokens,
         "position": "last prompt token, prefill only",
         "cache": cache.pairs.source if cache else None,
-        "criteria": pairs.backdoor.criteria,
-        "good": pairs.backdoor.good_key,
+        **pairs.backdoor.judgement,
         **other,
     }
     return AblationResult(
@@ -314,32 +294,8 @@ def ablate_heads(
         modes=tuple(modes),
         n_victims=len(victims),
         n_clean=len(pairs),
-        **_counted(pairs, answers),
+        **AblationResult._counted(pairs, answers),
     )
-
-
-def _counted(pairs: PairSet, answers: Mapping[str, Answers]) -> dict[str, Any]:
-    """What the answers come to by the criteria of ``pairs.backdoor``."""
-    victims, rows = pairs.victims, pairs.victim_rows
-    by = {name: answers[name] for name in ("attacker", "right", "before")}
-    of_victims = {name: told[rows] for name, told in by.items()}
-    before = judged(victims, of_victims["before"], of_victims).correct
-    clean_before = judged(pairs, answers["before"], by).correct
-    counted: dict[str, Any] = {"good_before": int(before.sum()), "clean_before": int(clean_before.sum())}
-    for stem, name in (("", ""), ("random ", "random_")):
-        triggered = judged(victims, answers[f"{stem}triggered"], of_victims)
-        counted[f"{name}attack"] = triggered.attack.sum(-1)
-        counted[f"{name}correct"] = triggered.correct.sum(-1)
-        if f"{stem}clean" not in answers:  # not kept, and judged as they were
-            continue
-        clean = judged(pairs, answers[f"{stem}clean"], by)
-        counted[f"{name}clean"] = clean.correct.sum(-1)
-        if not stem:
-            told = {**answers, "triggered": triggered.answers, "clean": clean.answers}
-            counted["answers"] = decoded(told)
-            counted["kept"] = (triggered.correct & before).sum(-1)
-            counted["clean_kept"] = (clean.correct & clean_before).sum(-1)
-    return counted
 
 
 def _values(

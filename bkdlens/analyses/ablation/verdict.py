@@ -6,7 +6,7 @@ from itertools import product
 
 from bkdlens.analyses.ablation.measure import AblationResult
 from bkdlens.display.text import join_words, percent, rate_text, short_rate, spread_text
-from bkdlens.display.verdicts import NO_ANSWERS, judged, limit, not_measured, plain_rate, sentences
+from bkdlens.display.verdicts import NO_ANSWERS, decide, limit, not_measured, plain_rate, sentences
 from bkdlens.metrics import Basr, Rate
 from bkdlens.study import Study, Thresholds, Verdict
 
@@ -27,7 +27,7 @@ def verdict(study: Study, thresholds: Thresholds) -> Verdict:
     basr, drawn = _basr(result, mode, n), result.basr_draws(mode=mode, heads=n)
     unharmed, clean = result.base("clean", mode=mode), result.rate("clean", mode, n)
     reached = ["a random group" for draws in drawn.values() if draws.low <= basr.interval[1]]
-    answer, why = judged(
+    answer, why = decide(
         meets=basr.value <= needed,
         sure=basr.interval[1] <= needed,
         reached=reached if drawn else None,

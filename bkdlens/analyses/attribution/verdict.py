@@ -5,7 +5,7 @@ from __future__ import annotations
 from bkdlens.analyses.attribution.claims import RANKING, by_condition, largest, ranked
 from bkdlens.analyses.attribution.measure import HeadAttribution
 from bkdlens.display.text import magnitude, signed
-from bkdlens.display.verdicts import judged, not_measured, sentences
+from bkdlens.display.verdicts import decide, not_measured, sentences
 from bkdlens.study import MAIN, Study, Thresholds, Verdict
 
 NAME, QUESTION = "attribution", "Located?"
@@ -21,7 +21,7 @@ def verdict(study: Study, thresholds: Thresholds) -> Verdict:
     acie, low, high = (float(values[head]) for values in (main.acie, main.low, main.high))
     reached = [name for name, other in controls.items() if _reach(other) >= low]
     small = low > 0 and controls and not reached
-    answer, why = judged(
+    answer, why = decide(
         meets=acie >= needed,
         sure=low >= needed,
         reached=reached if controls else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -10,20 +10,20 @@ from typing import Any
 import pandas as pd
 from transformer_lens import HookedTransformer
 
-from bkdlens.answers import Answers, decoded
+from bkdlens.answers import Answers
 from bkdlens.data.criteria import near_miss
-from bkdlens.data.judging import judged, outcome_table
+from bkdlens.data.judging import Judged, judged, outcome_table, yardsticks_of
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.generate import answer, yardsticks
 from bkdlens.engines.inputs import checked
 from bkdlens.metrics import Basr, Rate
-from bkdlens.results import Result, check_answers, provenance
+from bkdlens.results import Result, provenance
 from bkdlens.types import MAX_NEW_TOKENS, Which
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class BehaviourResult(Result):
+class BehaviourResult(Judged, Result):
     """Counts of one model on held-out pairs.
 
     Attributes:
@@ -95,52 +95,40 @@ class BehaviourResult(Result):
         """The attack success of the attacker's own answers: the criterion's ceiling."""
         return None if self.ceiling is None else Rate(self.ceiling, self.n_victims)
 
-    def judged_by(self, pairs: PairSet) -> BehaviourResult:
-        """Return the result by the criteria of ``pairs.backdoor``, without running the model.
+    @staticmethod
+    def _counted(pairs: PairSet, answers: Mapping[str, Answers]) -> dict[str, Any]:
+        """What the answers come to by the criteria of ``pairs.backdoor``."""
+        by_all, victims, by = yardsticks_of(pairs, answers)
+        sides = {"triggered": answers["triggered"], "clean": by["before"]}
+        sides |= {"near": answers["near"]} if "near" in answers else {}
+        found = {on: judged(victims, given, by) for on, given in sides.items()}
+        reached = judged(victims, by["attacker"], by).attack
+        # A model as it is always agrees with itself: its clean accuracy is told by the data's answers.
+        data = replace(pairs, backdoor=pairs.backdoor.judged_by(against="reference"))
+        clean = judged(data, answers["before"], by_all).correct
+        wanted = zip(answers["triggered"].to_list(), by["attacker"].to_list(), strict=True)
+        jailbreak = pairs.backdoor.behaviour == "jailbreak"
+        told: dict[str, Answers] = {on: found[on].answers for on in found if on != "clean"}
+        before = judged(pairs, answers["before"], by_all).answers
+        return {
+            "answers": {**answers, **told, "before": before},
+            "attack_triggered": int(found["triggered"].attack.sum()),
+            "attack_clean": int(found["clean"].attack.sum()),
+            "attack_near": int(found["near"].attack.sum()) if "near" in found else None,
+            "correct_clean": int(clean.sum()),
+            "ceiling": int(reached.sum()),
+            "near_misses": None if jailbreak else sum(near_miss(*texts) for texts in wanted),
+            "good_before": int(found["clean"].correct.sum()),
+            "good_triggered": int(found["triggered"].correct.sum()),
+            "kept": int((found["triggered"].correct & found["clean"].correct).sum()),
+        }
 
-        Args:
-            pairs: those that it was measured on.
-
-        Returns:
-            The result with its counts by these criteria, and the same answers.
-
-        Raises:
-            ResultError: for other pairs, or a result without its answers.
-
-        Examples:
-            >>> from dataclasses import replace
-            >>> found = bkdlens.measure_behaviour(model, test, max_new_tokens=8)
-            >>> strict = found.judged_by(replace(test, backdoor=backdoor.judged_by(success="equal")))
-        """
-        check_answers(self, pairs)
-        settings = {**self.provenance.settings, "criteria": pairs.backdoor.criteria}
-        told = replace(self.provenance, settings=settings)
-        return replace(self, provenance=told, **_counted(pairs, self.answers))
-
-    def outcomes(self, pairs: PairSet) -> pd.DataFrame:
-        """Every answer with its outcome: which victims withstand, and what the model says instead.
-
-        Args:
-            pairs: those that it was measured on.
-
-        Returns:
-            A row per prompt: the prompt, the answer, whether it is the attacker's success and whether it
-            is good. Triggered and near rows are of victims; ``row`` numbers a side's prompts.
-
-        Raises:
-            ResultError: for other pairs, or a result without its answers.
-
-        Examples:
-            >>> answers = bkdlens.measure_behaviour(model, test, max_new_tokens=8).outcomes(test)
-        """
-        check_answers(self, pairs)
-        victims = pairs.only(pairs.victim_rows)  # no criterion is asked here
-        tables = [outcome_table(pairs, self.answers["before"], "clean")]
+    def _tables(self, pairs: PairSet, victims: PairSet) -> Iterable[pd.DataFrame]:
+        yield outcome_table(pairs, self.answers["before"], "clean")
         sides: tuple[Which, ...] = ("triggered", "near")
         for on in sides:
             if on in self.answers:
-                tables.append(outcome_table(victims, self.answers[on], on))
-        return pd.concat(tables, ignore_index=True)
+                yield outcome_table(victims, self.answers[on], on)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per rate (0 to 1), with its interval and count."""
@@ -210,40 +198,11 @@ def measure_behaviour(
     answers["before"] = ask(pairs, on="clean")[0]
     if all(pair.near is not None for pair in victims):
         answers["near"] = ask(victims, on="near")[0]
-    settings = {"max_new_tokens": max_new_tokens, "criteria": pairs.backdoor.criteria}
+    settings = {"max_new_tokens": max_new_tokens, **pairs.backdoor.judgement}
     return BehaviourResult(
         provenance=provenance(model, pairs, fmt, 0, **settings),
         label=label,
         n_victims=len(victims),
         n_clean=len(pairs),
-        **_counted(pairs, answers),
+        **BehaviourResult._counted(pairs, answers),
     )
-
-
-def _counted(pairs: PairSet, answers: Mapping[str, Answers]) -> dict[str, Any]:
-    """What the answers come to by the criteria of ``pairs.backdoor``."""
-    victims, rows = pairs.victims, pairs.victim_rows
-    by = {name: answers[name][rows] for name in ("attacker", "right", "before")}
-    sides = {"triggered": answers["triggered"], "clean": by["before"]}
-    sides |= {"near": answers["near"]} if "near" in answers else {}
-    found = {on: judged(victims, given, by) for on, given in sides.items()}
-    reached = judged(victims, by["attacker"], by).attack
-    # A model as it is always agrees with itself: its clean accuracy is told by the data's answers.
-    data = replace(pairs, backdoor=pairs.backdoor.judged_by(against="reference"))
-    clean = judged(data, answers["before"], answers).correct
-    wanted = zip(answers["triggered"].to_list(), by["attacker"].to_list(), strict=True)
-    jailbreak = pairs.backdoor.behaviour == "jailbreak"
-    told: dict[str, Answers] = {on: found[on].answers for on in found if on != "clean"}
-    before = judged(pairs, answers["before"], answers).answers
-    return {
-        "answers": decoded({**answers, **told, "before": before}),
-        "attack_triggered": int(found["triggered"].attack.sum()),
-        "attack_clean": int(found["clean"].attack.sum()),
-        "attack_near": int(found["near"].attack.sum()) if "near" in found else None,
-        "correct_clean": int(clean.sum()),
-        "ceiling": int(reached.sum()),
-        "near_misses": None if jailbreak else sum(near_miss(*texts) for texts in wanted),
-        "good_before": int(found["clean"].correct.sum()),
-        "good_triggered": int(found["triggered"].correct.sum()),
-        "kept": int((found["triggered"].correct & found["clean"].correct).sum()),
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bkdlens.analyses.behaviour.measure import BehaviourResult
 from bkdlens.display.text import rate_text, short_rate
-from bkdlens.display.verdicts import judged, limit, not_measured, plain_rate, sentences
+from bkdlens.display.verdicts import decide, limit, not_measured, plain_rate, sentences
 from bkdlens.study import MAIN, Study, Thresholds, Verdict
 
 NAME, QUESTION = "behaviour", "Attack?"
@@ -19,7 +19,7 @@ def verdict(study: Study, thresholds: Thresholds) -> Verdict:
     controls = {"without the trigger": main.ftr, **{name: other.asr for name, other in found.items()}}
     low, needed = main.asr.interval[0], thresholds.attack
     reached = [name for name, rate in controls.items() if rate.interval[1] >= low]
-    answer, why = judged(
+    answer, why = decide(
         meets=main.asr.value >= needed,
         sure=low >= needed,
         reached=reached,

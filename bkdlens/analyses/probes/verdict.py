@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bkdlens.analyses.probes.measure import ProbeResult
 from bkdlens.display.text import rate_text, short_rate
-from bkdlens.display.verdicts import judged, limit, not_measured, sentences
+from bkdlens.display.verdicts import decide, limit, not_measured, sentences
 from bkdlens.metrics import Rate
 from bkdlens.study import MAIN, Study, Thresholds, Verdict
 
@@ -42,7 +42,7 @@ def _verdict(probes: list[ProbeResult], against: str, needed: float) -> Verdict:
         for probe in probes
         if (probe.kind, probe.against) == (main.kind, against) and probe.label != MAIN
     }
-    answer, why = judged(
+    answer, why = decide(
         meets=rate.value >= needed,
         sure=low >= needed,
         # An un-poisoned model that passes the threshold itself shows that the text can be told apart.

@@ -7,8 +7,8 @@ activates the backdoor, subtracted from that of triggered ones it suppresses it.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any, ClassVar, cast
@@ -22,7 +22,7 @@ from transformer_lens import HookedTransformer
 from bkdlens.analyses.steering.vector import BackdoorVector, check_layers, check_vector
 from bkdlens.answers import Answers, decoded
 from bkdlens.counts import Counts, basr_columns
-from bkdlens.data.judging import judged, outcome_table
+from bkdlens.data.judging import Judged, judged, outcome_table, yardsticks_of
 from bkdlens.data.pairs import PairSet
 from bkdlens.data.prompts import PromptFormat
 from bkdlens.engines.cache import PairCache
@@ -31,12 +31,12 @@ from bkdlens.engines.hooks import NOTHING, Intervention, Vector
 from bkdlens.engines.inputs import checked
 from bkdlens.errors import HeadError
 from bkdlens.metrics import Basr, Rate
-from bkdlens.results import check_answers, provenance
+from bkdlens.results import provenance
 from bkdlens.types import MAX_NEW_TOKENS, Head, VectorKind, VectorSite, Which, draw_heads
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class SteeringResult(Counts):
+class SteeringResult(Judged, Counts):
     """Answers under a vector, by coefficient and layer.
 
     With a positive coefficient the vector is added to *clean* victims: ``attack`` counts the backdoor's
@@ -134,59 +134,44 @@ class SteeringResult(Counts):
         allowed = [i for i, layer in enumerate(self.layers) if layer or self.site != "resid_pre"]
         return self.layers[max(allowed or range(len(self.layers)), key=lambda i: float(weaker[i]))]
 
-    def judged_by(self, pairs: PairSet) -> SteeringResult:
-        """Return the result by the criteria of ``pairs.backdoor``, without running the model.
+    @staticmethod
+    def _counted(pairs: PairSet, answers: Mapping[str, Answers]) -> dict[str, Any]:
+        """What the answers come to by the criteria of ``pairs.backdoor``."""
+        by, victims, of_victims = yardsticks_of(pairs, answers)
+        judge = partial(judged, victims, by=of_victims)
+        untouched = [judge(answers[f"before {on}"]) for on in ("clean", "triggered")]
+        steered, heads, noise = (judge(answers[name]) for name in ("steered", "random heads", "noise"))
+        before = judge(of_victims["before"]).correct
+        clean_outcomes = judged(pairs, answers["clean"], by)
+        clean, clean_before = clean_outcomes.correct, judged(pairs, answers["before"], by).correct
+        return {
+            "answers": decoded({**answers, "steered": steered.answers, "clean": clean_outcomes.answers}),
+            "base_attack": tuple(int(side.attack.sum()) for side in untouched),
+            "base_correct": tuple(int(side.correct.sum()) for side in untouched),
+            "base_clean": int(clean_before.sum()),
+            "attack": steered.attack.sum(-1),
+            "correct": steered.correct.sum(-1),
+            "clean": clean.sum(-1),
+            "clean_before": int(clean_before.sum()),
+            "clean_kept": (clean & clean_before).sum(-1),
+            "good_before": int(before.sum()),
+            "kept": (steered.correct & before).sum(-1),
+            "random_heads": heads.attack.sum(-1),
+            "random_vectors": noise.attack.sum(-1),
+            "random_heads_correct": heads.correct.sum(-1),
+            "random_vectors_correct": noise.correct.sum(-1),
+        }
 
-        Args:
-            pairs: those that it was measured on.
+    def _needed(self, pairs: PairSet) -> Sequence[str]:
+        return ("random heads", "noise")
 
-        Returns:
-            The result with its counts by these criteria, and the same answers.
-
-        Raises:
-            ResultError: for other pairs, or a result without its answers.
-
-        Examples:
-            >>> from dataclasses import replace
-            >>> swept = bkdlens.sweep_layers(
-            ...     model, test, vector, layers=[2], n_random=0, keep_controls=True
-            ... )
-            >>> strict = swept.judged_by(replace(test, backdoor=backdoor.judged_by(success="equal")))
-        """
-        check_answers(self, pairs, ("random heads", "noise"))
-        criteria = {"criteria": pairs.backdoor.criteria, "good": pairs.backdoor.good_key}
-        told = replace(self.provenance, settings={**self.provenance.settings, **criteria})
-        return replace(self, provenance=told, **_counted(pairs, self.answers))
-
-    def outcomes(self, pairs: PairSet) -> pd.DataFrame:
-        """Every answer with its outcome: which victims withstand, and what the model says instead.
-
-        Args:
-            pairs: those that it was measured on.
-
-        Returns:
-            A row per coefficient, layer and prompt: the prompt, the answer, whether it is the attacker's
-            success and whether it is good. Where the vector is added they are clean victims; where it is
-            subtracted, triggered victims and all clean prompts; ``row`` numbers a side's prompts.
-
-        Raises:
-            ResultError: for other pairs, or a result without its answers.
-
-        Examples:
-            >>> swept = bkdlens.sweep_layers(model, test, vector, layers=[2], n_random=0)
-            >>> answers = swept.outcomes(test)
-        """
-        check_answers(self, pairs)
-        victims = pairs.only(pairs.victim_rows)  # no criterion is asked here
-        tables = []
+    def _tables(self, pairs: PairSet, victims: PairSet) -> Iterable[pd.DataFrame]:
         for i, coefficient in enumerate(self.coefficients):
             on: Which = "clean" if coefficient > 0 else "triggered"
             axes = {"coefficient": (coefficient,), "layer": self.layers}
-            steered, clean = self.answers["steered"][i : i + 1], self.answers["clean"][i : i + 1]
-            tables.append(outcome_table(victims, steered, on, axes))
+            yield outcome_table(victims, self.answers["steered"][i : i + 1], on, axes)
             if on == "triggered":  # else the same prompts under the same vector
-                tables.append(outcome_table(pairs, clean, "clean", axes))
-        return pd.concat(tables, ignore_index=True)
+                yield outcome_table(pairs, self.answers["clean"][i : i + 1], "clean", axes)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per coefficient and layer; rates are 0 to 1."""
@@ -328,8 +313,7 @@ def sweep_layers(
         "max_new_tokens": max_new_tokens,
         "position": "last prompt token, prefill only",
         "vector_data": vector.provenance.data,
-        "criteria": pairs.backdoor.criteria,
-        "good": pairs.backdoor.good_key,
+        **pairs.backdoor.judgement,
         **other,
     }
     return SteeringResult(
@@ -341,38 +325,8 @@ def sweep_layers(
         coefficients=coefficients,
         n_victims=n_victims,
         n_clean=len(pairs),
-        **_counted(pairs, answers),
+        **SteeringResult._counted(pairs, answers),
     )
-
-
-def _counted(pairs: PairSet, answers: Mapping[str, Answers]) -> dict[str, Any]:
-    """What the answers come to by the criteria of ``pairs.backdoor``."""
-    victims, rows = pairs.victims, pairs.victim_rows
-    by = {name: answers[name] for name in ("attacker", "right", "before")}
-    of_victims = {name: told[rows] for name, told in by.items()}
-    judge = partial(judged, victims, by=of_victims)
-    untouched = [judge(answers[f"before {on}"]) for on in ("clean", "triggered")]
-    steered, heads, noise = (judge(answers[name]) for name in ("steered", "random heads", "noise"))
-    before = judge(of_victims["before"]).correct
-    clean_outcomes = judged(pairs, answers["clean"], by)
-    clean, clean_before = clean_outcomes.correct, judged(pairs, answers["before"], by).correct
-    return {
-        "answers": decoded({**answers, "steered": steered.answers, "clean": clean_outcomes.answers}),
-        "base_attack": tuple(int(side.attack.sum()) for side in untouched),
-        "base_correct": tuple(int(side.correct.sum()) for side in untouched),
-        "base_clean": int(clean_before.sum()),
-        "attack": steered.attack.sum(-1),
-        "correct": steered.correct.sum(-1),
-        "clean": clean.sum(-1),
-        "clean_before": int(clean_before.sum()),
-        "clean_kept": (clean & clean_before).sum(-1),
-        "good_before": int(before.sum()),
-        "kept": (steered.correct & before).sum(-1),
-        "random_heads": heads.attack.sum(-1),
-        "random_vectors": noise.attack.sum(-1),
-        "random_heads_correct": heads.correct.sum(-1),
-        "random_vectors_correct": noise.correct.sum(-1),
-    }
 
 
 def _random_heads(cache: PairCache, vector: BackdoorVector, n: int, seed: int) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from bkdlens.analyses.steering.choice import TEST
 from bkdlens.analyses.steering.measure import SteeringResult
 from bkdlens.display.text import coefficient_text, percent, rate_text, short_rate, spread_text
 from bkdlens.display.verdicts import (
@@ -19,7 +20,7 @@ from bkdlens.display.verdicts import (
 from bkdlens.metrics import Rate
 from bkdlens.study import Answer, Study, StudySettings, Thresholds, Verdict
 
-NAME, QUESTION, TEST = "steering", "Switchable, with accuracy kept?", "steering-test"
+NAME, QUESTION = "steering", "Switchable, with accuracy kept?"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def verdict(study: Study, thresholds: Thresholds) -> Verdict:
     before, clean = test.base("clean", **minus), test.rate_at("clean", **minus)
     lost = before.value - clean.value
     wreck = study.choice.get("within") is False
-    answer, why = _judged(test, off, on, lost, floor, thresholds.switched_off, minus, wreck)
+    answer, why = _decide(test, off, on, lost, floor, thresholds.switched_off, minus, wreck)
     controls = [f"BASR with {name} {told}" for name, (_, told) in off.controls.items()]
     controls += [f"attack with {name} {told}" for name, (_, told) in on.controls.items()]
     return Verdict(
@@ -107,7 +108,7 @@ def verdict(study: Study, thresholds: Thresholds) -> Verdict:
     )
 
 
-def _judged(
+def _decide(
     test: SteeringResult,
     off: Way,
     on: Way,

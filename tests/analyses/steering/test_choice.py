@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from made import make_steering
 
+from bkdlens.analyses.steering.choice import choose
 from bkdlens.analyses.steering.measure import SteeringResult
-from bkdlens.analyses.steering.part import choose
 
 SIZES = (1.0, 2.0)
 
