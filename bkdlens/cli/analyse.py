@@ -44,6 +44,7 @@ ANALYSES = {
 }
 
 METHOD_HELP = "Attribution: exact, screened (a quarter of the heads is exact) or atp."
+KEEP_HELP = "Keep the controls' answers too, so that `rescore` can judge them by any criterion."
 Out = Annotated[Path, Option(help="A new folder, or one to continue.")]
 
 
@@ -118,6 +119,7 @@ class MeasureOptions:
     mode: Annotated[list[str] | None, f"Ablation: {one_of(AblationMode)}; repeatable."] = None
     n_random: Annotated[int, Option(min=0, help="Draws of each random control.")] = 10
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens per answer, at most.")] = MAX_NEW_TOKENS
+    keep_controls: Annotated[bool, Option("--keep-controls", help=KEEP_HELP)] = False
 
     def settings(self, seed: int) -> StudySettings:
         """The study's settings, with ``seed``; a step that reads fewer keeps all for later ones."""
@@ -131,6 +133,7 @@ class MeasureOptions:
             ablation_modes=tuple(self.mode or ("zero", "mean")),
             n_random=self.n_random,
             max_new_tokens=self.max_new_tokens,
+            keep_controls=self.keep_controls,
             seed=seed,
         )
 

@@ -166,5 +166,5 @@ class Judged:
         if missing := [name for name in controls if name not in self.answers]:
             raise ResultError(
                 f"The answers of this result's controls ({', '.join(missing)}) were not kept; measure "
-                "it again with keep_controls=True."
+                "it again with keep_controls=True (in a shell, --keep-controls)."
             )

@@ -15,6 +15,7 @@ from bkdlens.metrics import Rate
 # Colour, dash and marker of each count in figures of ablation and steering.
 QUANTITIES = {
     "attack": (ORANGE, "solid", "circle"),
+    "basr": (INK, "solid", "diamond"),
     "correct": (GREEN, "dash", "triangle-up"),
     "clean": (BLUE, "dot", "square"),
 }

@@ -113,3 +113,11 @@ def test_commands_take_steps_that_there_are():
     from bkdlens.runs.run import STEPS
 
     assert all(set(steps) <= set(STEPS) for _, steps in ANALYSES.values())
+
+
+def test_controls_can_be_kept_for_other_criteria() -> None:
+    """Which is what the library's sentence tells whoever wants to judge a run anew."""
+    from bkdlens.cli.analyse import MeasureOptions
+
+    assert MeasureOptions(keep_controls=True).settings(0).keep_controls
+    assert not MeasureOptions().settings(0).keep_controls

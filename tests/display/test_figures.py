@@ -22,8 +22,10 @@ from made import (
     make_pattern,
     make_probe,
     make_steering,
+    make_study,
     make_vector,
     origin,
+    with_basr,
 )
 
 from bkdlens import plot
@@ -309,3 +311,16 @@ def test_texts_of_models_and_files_are_escaped() -> None:
 def test_labels_that_are_not_known_conditions_get_their_own_colour() -> None:
     fig = plot.behaviour([replace(make_behaviour(), label=label) for label in ("a", "b")])
     assert fig.data[0].marker.color != fig.data[1].marker.color
+
+
+def test_basr_is_drawn_where_it_was_measured() -> None:
+    study = with_basr(make_study())
+    ablation, test = study.results["ablation"], study.results["steering-test"]
+    for fig, drawn in ((plot.ablation_curve(ablation), 2), (plot.steering_by_layer(test), 1)):
+        traces = [trace for trace in fig.data if trace.name == "behavioural (BASR)"]
+        assert len(traces) == drawn  # a panel per mode; where the vector is subtracted
+        assert sum(trace.showlegend is not False for trace in traces) == 1
+    heads = [trace for trace in plot.ablation_curve(ablation).data if trace.name == "behavioural (BASR)"]
+    assert heads[0].y[1] == pytest.approx(100 * ablation.basr(mode="zero", heads=1).value, abs=1e-3)
+    without = plot.ablation_curve(make_ablation())
+    assert not any(trace.name == "behavioural (BASR)" for trace in without.data)

@@ -11,6 +11,7 @@ from bkdlens.analyses.ablation.measure import AblationResult
 from bkdlens.display.rates import PERCENT_AXIS, QUANTITIES, band, in_legend, marked_line, rate_trace
 from bkdlens.display.style import GREY, escape, finish, model_note
 from bkdlens.errors import ChoiceError
+from bkdlens.metrics import Rate
 from bkdlens.results import figure
 
 TITLES = {"attack": "attack success", "correct": "right answer restored", "clean": "clean accuracy"}
@@ -18,7 +19,7 @@ TITLES = {"attack": "attack success", "correct": "right answer restored", "clean
 
 @figure.register
 def ablation_curve(result: AblationResult, mode: str | None = None) -> go.Figure:
-    """Attack success, restored right answers and clean accuracy by number of ablated heads.
+    """Attack success, BASR, restored right answers and clean accuracy by number of ablated heads.
 
     Args:
         result: from :func:`bkdlens.ablate_heads`.
@@ -46,9 +47,16 @@ def ablation_curve(result: AblationResult, mode: str | None = None) -> go.Figure
     for i, name in enumerate(modes):
         draws = 100 * result.random_attack[result.modes.index(name)].double() / max(1, result.n_victims)
         traces = band(x, draws, "attack, random heads (min–max)", GREY, "2px,3px", i == 0)
-        for what, title in (TITLES | {"clean": result.clean_name}).items():
+        places = [{"mode": name, "heads": count} for count in result.counts]
+        lines: dict[str, list[Rate]]
+        lines = {what: [result.rate_at(what, **at) for at in places] for what in TITLES}
+        told = TITLES | {"clean": result.clean_name}
+        lines["basr"] = [basr for at in places if (basr := result.basr(**at)) is not None]
+        if lines["basr"]:  # which results of version 0.1 lack
+            told = told | {"basr": "behavioural (BASR)"}
+        for what, title in told.items():
             style = in_legend(title, what, i == 0) | marked_line(*QUANTITIES[what])
-            rates = [result.rate(what, name, count) for count in result.counts]
+            rates = lines[what]
             traces.append(rate_trace(x, rates, "%{x} heads", interval=what == "attack", **style))
         fig.add_traces(traces, rows=1 + i // columns, cols=1 + i % columns)
     fig.update_xaxes(type="category")

@@ -225,6 +225,12 @@ def _layer_traces(result: SteeringResult, coefficient: float, legend: bool) -> l
         line = rates.in_legend(name, what, legend) | rates.marked_line(*rates.QUANTITIES[what], size=7)
         values = [result.rate(what, layer, coefficient) for layer in x]
         traces.append(rates.rate_trace(x, values, where, interval=what == "attack", after=after, **line))
+    found = (result.basr(coefficient=coefficient, layer=layer) for layer in x)
+    left = [basr for basr in found if basr is not None]
+    if left:  # where the vector is subtracted, and answers were judged
+        line = rates.in_legend("behavioural (BASR)", "basr", coefficient == min(result.coefficients))
+        line |= rates.marked_line(*rates.QUANTITIES["basr"], size=7)
+        traces.append(rates.rate_trace(x, left, where, interval=False, **line))
     return traces
 
 
